@@ -41,9 +41,9 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use http::HeaderMap;
 use http::header::{
-    HeaderName, IF_MATCH, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, IF_UNMODIFIED_SINCE, RANGE,
+    HeaderMap, HeaderName, HeaderValue, IF_MATCH, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE,
+    IF_UNMODIFIED_SINCE, RANGE,
 };
 
 use super::etag::MalformedTag;
@@ -268,7 +268,7 @@ fn whole_seconds(time: SystemTime) -> u64 {
 fn tag_list(headers: &HeaderMap, name: &HeaderName) -> Option<Result<EntityTagList, MalformedTag>> {
     headers
         .contains_key(name)
-        .then(|| EntityTagList::parse(headers.get_all(name).iter().map(|line| line.as_bytes())))
+        .then(|| EntityTagList::parse(headers.get_all(name).iter().map(HeaderValue::as_bytes)))
 }
 
 /// The value of a field that must not be repeated. `None`: absent, or repeated.
@@ -282,7 +282,6 @@ fn sole<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a [u8]> {
 mod tests {
     use std::time::Duration;
 
-    use http::HeaderValue;
     use proptest::prelude::*;
 
     use super::super::etag::TagFault;
@@ -365,6 +364,13 @@ mod tests {
         }
     }
 
+    /// Every row, and the field left out.
+    fn absent_or<T: Clone>(rows: &[(&'static str, T)]) -> Vec<Option<(&'static str, T)>> {
+        std::iter::once(None)
+            .chain(rows.iter().cloned().map(Some))
+            .collect()
+    }
+
     #[test]
     fn every_combination_agrees_with_the_rfcs_steps() {
         // Each value with the truth of its condition, from §13.1.1 to §13.1.5.
@@ -402,11 +408,6 @@ mod tests {
             ("bytes=100-", Verdict::Unsatisfiable),
         ];
 
-        fn absent_or<T: Clone>(rows: &[(&'static str, T)]) -> Vec<Option<(&'static str, T)>> {
-            std::iter::once(None)
-                .chain(rows.iter().cloned().map(Some))
-                .collect()
-        }
         let mut seen = 0;
         for im in absent_or(if_match) {
             for ius in absent_or(if_unmodified_since) {
