@@ -27,7 +27,7 @@
 //! 416, and so do we.
 //!
 //! Guarded by: `ranges_agree_with_a_set_of_positions`, `syntax_agrees_with_a_naive_parser`,
-//! `parse_of_format_is_identity`, `parser_never_panics`, `at_most_64_parts`,
+//! `parse_of_format_is_identity`, `parser_never_panics`, `at_most_64_parts`, `at_most_max_specs_are_read`,
 //! `arithmetic_holds_at_the_end_of_64_bits`.
 
 use std::borrow::Cow;
