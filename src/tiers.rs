@@ -715,3 +715,109 @@ impl RequestHead {
             || self.if_unmodified_since.is_some()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is out there, by itself: the truth that `settle` sees only through its inputs.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum S3 {
+        HasPinned,
+        HasOther,
+        HasNothing,
+        Unreachable,
+        Silent,
+        Contradicts,
+        Denies,
+        NoBucket,
+    }
+
+    const WORLDS: [S3; 8] = [
+        S3::HasPinned,
+        S3::HasOther,
+        S3::HasNothing,
+        S3::Unreachable,
+        S3::Silent,
+        S3::Contradicts,
+        S3::Denies,
+        S3::NoBucket,
+    ];
+
+    fn ask(world: S3) -> RemoteSays {
+        match world {
+            S3::HasPinned => RemoteSays::Same,
+            S3::HasOther => RemoteSays::Other,
+            S3::HasNothing => RemoteSays::Absent,
+            S3::Unreachable => RemoteSays::Down,
+            S3::Silent => RemoteSays::Slow,
+            S3::Contradicts => RemoteSays::Lies,
+            S3::Denies => RemoteSays::Denied,
+            S3::NoBucket => RemoteSays::Misconfigured,
+        }
+    }
+
+    /// Walks the decision as `open` does. Also says whether S3 was asked.
+    fn walk(disk: OnDisk, world: S3, ask_first: bool, denied: ForbiddenAs) -> (Outcome, bool) {
+        match settle(disk, RemoteSays::Unasked, ask_first, denied) {
+            Outcome::AskRemote => (settle(disk, ask(world), ask_first, denied), true),
+            outcome => (outcome, false),
+        }
+    }
+
+    /// DESIGN.md §3, «what a pinned GET gets», row by row.
+    fn table(disk: OnDisk, world: S3, ask_first: bool, denied: ForbiddenAs) -> Outcome {
+        if disk == OnDisk::Whole && !ask_first {
+            return Outcome::FromDisk;
+        }
+        match (world, denied) {
+            (S3::HasPinned, _) => Outcome::Serve,
+            (S3::HasOther, _) => Outcome::PinLost,
+            (S3::HasNothing, _) | (S3::Denies, ForbiddenAs::NotFound) => Outcome::NotFound,
+            (S3::Unreachable, _) => Outcome::Unavailable,
+            (S3::Silent, _) => Outcome::TimedOut,
+            (S3::Contradicts | S3::NoBucket, _) | (S3::Denies, ForbiddenAs::BadGateway) => {
+                Outcome::BadGateway
+            }
+        }
+    }
+
+    #[test]
+    fn settle_is_the_table() {
+        for disk in [OnDisk::Whole, OnDisk::Lacking] {
+            for world in WORLDS {
+                for ask_first in [false, true] {
+                    for denied in [ForbiddenAs::BadGateway, ForbiddenAs::NotFound] {
+                        let (outcome, asked) = walk(disk, world, ask_first, denied);
+                        let case = format!("{disk:?} {world:?} {ask_first} {denied:?}");
+                        assert_eq!(outcome, table(disk, world, ask_first, denied), "{case}");
+                        // P5: nobody is asked for what the disk has.
+                        assert_eq!(asked, disk == OnDisk::Lacking || ask_first, "{case}");
+                        // P4: a pin is lost only where S3 said so.
+                        if outcome == Outcome::PinLost {
+                            assert_eq!(world, S3::HasOther, "{case}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_outage_is_never_a_lost_pin() {
+        for kind in [
+            RemoteErrorKind::Throttled { retry_after: None },
+            RemoteErrorKind::Unavailable,
+            RemoteErrorKind::Timeout,
+            RemoteErrorKind::Protocol,
+            RemoteErrorKind::Misconfigured,
+        ] {
+            let says = RemoteSays::of(&kind);
+            let outcome = settle(OnDisk::Lacking, says, false, ForbiddenAs::NotFound);
+            assert!(
+                matches!(outcome, Outcome::Unavailable | Outcome::TimedOut | Outcome::BadGateway),
+                "{kind:?} became {outcome:?}"
+            );
+        }
+    }
+}

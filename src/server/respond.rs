@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::hash::{BuildHasher, RandomState};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http::header::{
@@ -27,6 +27,9 @@ use crate::tiers::{Forwarded, Opened, Refusal, Trace};
 
 const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
+
+/// From 1970 to the end of what an HTTP date can say.
+const YEAR_9999: Duration = Duration::from_secs(253_370_764_800);
 
 /// A request that never reaches the tiers.
 #[derive(Debug)]
@@ -224,7 +227,10 @@ fn problem(status: StatusCode, detail: &str, more: &[(&str, &str)]) -> Response<
 fn validators(headers: &mut HeaderMap, representation: &Representation) {
     headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
     headers.insert(ETAG, ascii(representation.validator.as_field_value()));
-    if let Some(date) = representation.last_modified {
+    // httpdate panics outside the years it can write; a remote may send anything.
+    if let Some(date) = representation.last_modified.filter(|date| {
+        date.duration_since(UNIX_EPOCH).is_ok_and(|since| since < YEAR_9999)
+    }) {
         headers.insert(LAST_MODIFIED, ascii(&httpdate::fmt_http_date(date)));
     }
 }
