@@ -1,30 +1,493 @@
-//! Tracing and metrics: names, units and labels in one place. (skeleton)
+//! Tracing and metrics: set-up, names, units and labels in one place.
+//!
+//! [`init`] sets the process's log up; [`Metrics`] is passed down, never global. A family's name ends with
+//! its unit (`_seconds`, `_bytes`) and, for a counter, `_total`. Labels are `&'static str` from closed
+//! sets, so a stranger cannot make a series: keys, paths and addresses are never labels (P12).
+//!
+//! What is recorded per request is a handful of atomic adds. The children of the label values in the
+//! tables below are made at the start and found by a scan of a short array, without a lock or a hash; this also
+//! makes them visible as 0 before the first event, so that `rate()` sees it. Any other label goes
+//! through its family's map and works as well.
+
+use std::fmt;
+use std::hash::Hash;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-/// The process's metrics; passed down, never global. Cheap to clone.
+use prometheus_client::encoding::text::{encode_eof, encode_registry};
+use prometheus_client::encoding::{
+    EncodeLabelSet, EncodeMetric, LabelSetEncoder, MetricEncoder, NoLabelSet,
+};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::{Family, MetricConstructor};
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::info::Info;
+use prometheus_client::metrics::{MetricType, TypedMetric};
+use prometheus_client::registry::{Registry, Unit};
+use serde::Serialize;
+use tracing_subscriber::EnvFilter;
+
+use crate::disk::DiskStats;
+
+/// The variable that says what is logged, in the syntax of [`EnvFilter`]: `info`, `pinrange=debug`, …
+pub const LOG_VARIABLE: &str = "PINRANGE_LOG";
+
+/// Verdict and tier of the requests that make up nearly all of the traffic.
+const REQUESTS: [[&str; 2]; 6] = [
+    ["partial", "disk"],
+    ["full", "disk"],
+    ["partial", "fill"],
+    ["full", "fill"],
+    ["partial", "remote"],
+    ["full", "remote"],
+];
+
+/// Where a body comes from.
+const TIERS: [[&str; 1]; 4] = [["disk"], ["fill"], ["remote"], ["none"]];
+
+/// Calls of the remote trait that go well.
+const REMOTE_REQUESTS: [[&str; 2]; 3] = [["read", "ok"], ["read_current", "ok"], ["stat", "ok"]];
+
+/// Calls of the remote trait.
+const REMOTE_OPS: [[&str; 1]; 3] = [["read"], ["read_current"], ["stat"]];
+
+/// Seconds. A disk hit takes tens of microseconds, S3 30 to 200 ms, a whole snapshot minutes: a
+/// factor of about 3 a bucket from 100 µs on, which is as much as the alerts on them need.
+const SECONDS: [f64; 14] = [
+    0.000_1, 0.000_3, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0,
+];
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: for people or for machines"
+)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The log could not be set up.
+#[derive(Debug, thiserror::Error)]
+#[expect(clippy::exhaustive_enums, reason = "closed: nothing else can fail")]
+pub enum InitError {
+    /// [`LOG_VARIABLE`] cannot be read.
+    #[error(
+        "{LOG_VARIABLE}: {value:?} is not a log filter ({reason}); write it like info or pinrange=debug,warn"
+    )]
+    Filter {
+        /// What it says.
+        value: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The process has a log already.
+    #[error("the log is set up already")]
+    Repeated,
+}
+
+/// Sends this process's log to stderr, filtered by `filter` (the value of [`LOG_VARIABLE`]; `None`: `default`).
+///
+/// # Errors
+/// [`InitError`]; nothing is set up then.
+pub fn init(format: LogFormat, filter: Option<&str>, default: &str) -> Result<(), InitError> {
+    let value = filter.unwrap_or(default);
+    let filter = EnvFilter::try_new(value).map_err(|error| InitError::Filter {
+        value: value.to_owned(),
+        reason: error.to_string(),
+    })?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    let result = match format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    };
+    result.map_err(|_| InitError::Repeated)
+}
+
+/// The process's metrics. Cheap to clone; clones share their values.
 #[derive(Clone, Default)]
-pub struct Metrics(Arc<()>);
+pub struct Metrics(Arc<Inner>);
+
+struct Inner {
+    registry: Registry,
+    requests: Children<RequestLabels, Counter>,
+    ttfb: Children<TierLabel, Histogram>,
+    duration: Children<TierLabel, Histogram>,
+    sent: Children<TierLabel, Counter>,
+    remote_requests: Children<RemoteLabels, Counter>,
+    remote_ttfb: Children<OpLabel, Histogram>,
+    remote_received: Counter,
+    fills_started: Counter,
+    fills_finished: Family<OutcomeLabel, Counter>,
+    fills: Gauge,
+    followers: Gauge,
+    open_responses: Gauge,
+    connections: Gauge,
+    aborted: Family<ReasonLabel, Counter>,
+}
 
 impl Metrics {
-    /// One answered request.
-    pub fn request(&self, _verdict: &'static str, _tier: &'static str, _ttfb: Duration, _total: Duration) {}
+    /// What [`Metrics::encode`] writes: `OpenMetrics` text, which Prometheus asks for by default.
+    pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+    /// One answered request: what it was answered with, the tier its body came from (`none` without
+    /// a body), the time from the request's head to the first body byte handed to the connection,
+    /// and to the last.
+    pub fn request(
+        &self,
+        verdict: &'static str,
+        tier: &'static str,
+        ttfb: Duration,
+        total: Duration,
+    ) {
+        self.0
+            .requests
+            .with([verdict, tier], |counter| counter.inc());
+        self.0
+            .ttfb
+            .with([tier], |histogram| histogram.observe(ttfb));
+        self.0
+            .duration
+            .with([tier], |histogram| histogram.observe(total));
+    }
+
     /// Body bytes sent to clients from this tier.
-    pub fn sent_bytes(&self, _tier: &'static str, _bytes: u64) {}
-    /// One S3 request: `op` is stat, read or read_current; `result` is ok or a `RemoteErrorKind` label.
-    pub fn remote_request(&self, _op: &'static str, _result: &'static str, _ttfb: Duration) {}
+    pub fn sent_bytes(&self, tier: &'static str, bytes: u64) {
+        self.0.sent.with([tier], |counter| counter.inc_by(bytes));
+    }
+
+    /// One S3 request: `op` is stat, read or read_current; `result` is ok or a `RemoteErrorKind` label;
+    /// `ttfb` is the time to the response's head, or to the failure.
+    pub fn remote_request(&self, op: &'static str, result: &'static str, ttfb: Duration) {
+        self.0
+            .remote_requests
+            .with([op, result], |counter| counter.inc());
+        self.0
+            .remote_ttfb
+            .with([op], |histogram| histogram.observe(ttfb));
+    }
+
     /// Body bytes received from S3.
-    pub fn remote_bytes(&self, _bytes: u64) {}
+    pub fn remote_bytes(&self, bytes: u64) {
+        self.0.remote_received.inc_by(bytes);
+    }
+
     /// A fill began (gauge up).
-    pub fn fill_started(&self) {}
+    pub fn fill_started(&self) {
+        self.0.fills_started.inc();
+        self.0.fills.inc();
+    }
+
     /// A fill ended (gauge down, counter by outcome).
-    pub fn fill_finished(&self, _outcome: &'static str) {}
+    pub fn fill_finished(&self, outcome: &'static str) {
+        self.0.fills.dec();
+        self.0
+            .fills_finished
+            .get_or_create(&OutcomeLabel([outcome]))
+            .inc();
+    }
+
     /// Responses that send behind a fill's cursor, plus or minus one.
-    pub fn followers(&self, _delta: i64) {}
+    pub fn followers(&self, delta: i64) {
+        self.0.followers.inc_by(delta);
+    }
+
     /// Responses whose body is under way, plus or minus one.
-    pub fn open_responses(&self, _delta: i64) {}
+    pub fn open_responses(&self, delta: i64) {
+        self.0.open_responses.inc_by(delta);
+    }
+
     /// Connections on the data listener, plus or minus one.
-    pub fn connections(&self, _delta: i64) {}
+    pub fn connections(&self, delta: i64) {
+        self.0.connections.inc_by(delta);
+    }
+
     /// A body that was cut after its head.
-    pub fn aborted(&self, _reason: &'static str) {}
+    pub fn aborted(&self, reason: &'static str) {
+        self.0.aborted.get_or_create(&ReasonLabel([reason])).inc();
+    }
+
+    /// Everything, in the format of [`Metrics::CONTENT_TYPE`]. The disk tier counts for itself, so its
+    /// numbers are handed in at each scrape; `None`: there is no disk tier (yet).
+    pub fn encode(&self, disk: Option<&DiskStats>) -> String {
+        let mut text = String::new();
+        encode_registry(&mut text, &self.0.registry)
+            .and_then(|()| match disk {
+                Some(stats) => encode_registry(&mut text, &disk_registry(stats)),
+                None => Ok(()),
+            })
+            .and_then(|()| encode_eof(&mut text))
+            .expect("writing to a String cannot fail");
+        text
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Metrics")
+    }
+}
+
+impl Default for Inner {
+    fn default() -> Self {
+        let inner = Self {
+            registry: Registry::with_prefix("pinrange"),
+            requests: Children::new(&REQUESTS),
+            ttfb: Children::new(&TIERS),
+            duration: Children::new(&TIERS),
+            sent: Children::new(&TIERS[..3]),
+            remote_requests: Children::new(&REMOTE_REQUESTS),
+            remote_ttfb: Children::new(&REMOTE_OPS),
+            remote_received: Counter::default(),
+            fills_started: Counter::default(),
+            fills_finished: Family::default(),
+            fills: Gauge::default(),
+            followers: Gauge::default(),
+            open_responses: Gauge::default(),
+            connections: Gauge::default(),
+            aborted: Family::default(),
+        };
+        inner.registered()
+    }
+}
+
+impl Inner {
+    fn registered(mut self) -> Self {
+        let registry = &mut self.registry;
+        registry.register(
+            "build",
+            "Version of the running program",
+            Info::new([("version", env!("CARGO_PKG_VERSION"))]),
+        );
+        registry.register(
+            "requests",
+            "Answered requests by verdict and by the tier the body came from",
+            self.requests.family.clone(),
+        );
+        registry.register_with_unit(
+            "request_ttfb",
+            "Time from a request's head to the first byte of the body",
+            Unit::Seconds,
+            self.ttfb.family.clone(),
+        );
+        registry.register_with_unit(
+            "request_duration",
+            "Time from a request's head to the last byte of the body",
+            Unit::Seconds,
+            self.duration.family.clone(),
+        );
+        registry.register_with_unit(
+            "sent",
+            "Body bytes sent to clients by tier",
+            Unit::Bytes,
+            self.sent.family.clone(),
+        );
+        registry.register(
+            "open_responses",
+            "Responses whose body is under way",
+            self.open_responses.clone(),
+        );
+        registry.register(
+            "aborted",
+            "Bodies that were cut after their head, by reason",
+            self.aborted.clone(),
+        );
+        registry.register(
+            "connections",
+            "Open connections of the data listener",
+            self.connections.clone(),
+        );
+        registry.register(
+            "remote_requests",
+            "Requests to S3 by operation and result",
+            self.remote_requests.family.clone(),
+        );
+        registry.register_with_unit(
+            "remote_ttfb",
+            "Time to the head of a response of S3, or to the failure",
+            Unit::Seconds,
+            self.remote_ttfb.family.clone(),
+        );
+        registry.register_with_unit(
+            "remote_received",
+            "Body bytes received from S3",
+            Unit::Bytes,
+            self.remote_received.clone(),
+        );
+        registry.register("fills", "Fills under way", self.fills.clone());
+        registry.register("fills_started", "Fills begun", self.fills_started.clone());
+        registry.register(
+            "fills_finished",
+            "Fills ended, by outcome",
+            self.fills_finished.clone(),
+        );
+        registry.register(
+            "followers",
+            "Responses that send behind the cursor of a fill",
+            self.followers.clone(),
+        );
+        self
+    }
+}
+
+fn disk_registry(stats: &DiskStats) -> Registry {
+    let mut registry = Registry::with_prefix("pinrange_disk");
+    registry.register_with_unit(
+        "used",
+        "Bytes that count against the capacity: present, reserved, unlinked but open",
+        Unit::Bytes,
+        ConstGauge::new(stats.used_bytes),
+    );
+    registry.register_with_unit(
+        "capacity",
+        "Most bytes that the disk tier may take",
+        Unit::Bytes,
+        ConstGauge::new(stats.capacity_bytes),
+    );
+    registry.register(
+        "evictions",
+        "Segments evicted",
+        ConstCounter::new(stats.evictions),
+    );
+    registry.register_with_unit(
+        "evicted",
+        "Bytes evicted",
+        Unit::Bytes,
+        ConstCounter::new(stats.evicted_bytes),
+    );
+    registry.register(
+        "revisions",
+        "Revisions known to memory",
+        ConstGauge::new(stats.revisions_in_memory),
+    );
+    registry.register(
+        "degraded",
+        "1 while writes are refused because of disk trouble",
+        ConstGauge::new(u64::from(stats.degraded)),
+    );
+    registry
+}
+
+/// Label sets: the values, and their names for the encoder.
+macro_rules! labels {
+    ($($name:ident[$($label:literal),+];)*) => {
+        $(
+            #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+            struct $name([&'static str; [$($label),+].len()]);
+
+            impl From<[&'static str; [$($label),+].len()]> for $name {
+                fn from(values: [&'static str; [$($label),+].len()]) -> Self {
+                    Self(values)
+                }
+            }
+
+            impl EncodeLabelSet for $name {
+                fn encode(&self, encoder: &mut LabelSetEncoder<'_>) -> fmt::Result {
+                    use prometheus_client::encoding::EncodeLabel;
+                    for (name, value) in [$($label),+].into_iter().zip(self.0) {
+                        (name, value).encode(encoder.encode_label())?;
+                    }
+                    Ok(())
+                }
+            }
+        )*
+    };
+}
+
+labels! {
+    RequestLabels["verdict", "tier"];
+    TierLabel["tier"];
+    RemoteLabels["op", "result"];
+    OpLabel["op"];
+    OutcomeLabel["outcome"];
+    ReasonLabel["reason"];
+}
+
+/// A family, and handles to the children that are used most.
+struct Children<L, M> {
+    family: Family<L, M>,
+    hot: Box<[(L, M)]>,
+}
+
+impl<L, M> Children<L, M>
+where
+    L: Clone + Eq + Hash,
+    M: Clone + Default,
+    fn() -> M: MetricConstructor<M>,
+{
+    fn new<const N: usize>(hot: &[[&'static str; N]]) -> Self
+    where
+        L: From<[&'static str; N]>,
+    {
+        let family = Family::<L, M>::default();
+        let hot = hot
+            .iter()
+            .map(|values| {
+                let labels = L::from(*values);
+                let child = family.get_or_create_owned(&labels);
+                (labels, child)
+            })
+            .collect();
+        Self { family, hot }
+    }
+
+    fn with<T>(&self, labels: impl Into<L>, record: impl FnOnce(&M) -> T) -> T {
+        let labels = labels.into();
+        match self.hot.iter().find(|(hot, _)| *hot == labels) {
+            Some((_, child)) => record(child),
+            None => record(&self.family.get_or_create(&labels)),
+        }
+    }
+}
+
+/// A histogram of seconds without the mutex of `prometheus-client`'s. A scrape may see an
+/// observation's bucket before its sum; the next one sees both.
+#[derive(Clone, Debug, Default)]
+struct Histogram(Arc<Observations>);
+
+#[derive(Debug, Default)]
+struct Observations {
+    /// One per bound of [`SECONDS`], and the rest.
+    buckets: [AtomicU64; SECONDS.len() + 1],
+    /// Enough for five centuries of waiting.
+    nanos: AtomicU64,
+}
+
+impl Histogram {
+    fn observe(&self, time: Duration) {
+        let seconds = time.as_secs_f64();
+        let bucket = SECONDS.partition_point(|bound| *bound < seconds);
+        self.0.buckets[bucket].fetch_add(1, Relaxed);
+        self.0
+            .nanos
+            .fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Relaxed);
+    }
+}
+
+impl TypedMetric for Histogram {
+    const TYPE: MetricType = MetricType::Histogram;
+}
+
+impl EncodeMetric for Histogram {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> fmt::Result {
+        let bounds = SECONDS.into_iter().chain([f64::INFINITY]);
+        let buckets: Vec<(f64, u64)> = bounds
+            .zip(self.0.buckets.iter().map(|bucket| bucket.load(Relaxed)))
+            .collect();
+        let count = buckets.iter().map(|(_, count)| count).sum();
+        let sum = Duration::from_nanos(self.0.nanos.load(Relaxed)).as_secs_f64();
+        encoder.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+    }
+
+    fn metric_type(&self) -> MetricType {
+        Self::TYPE
+    }
 }

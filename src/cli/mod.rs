@@ -1,0 +1,94 @@
+//! The command line: one subcommand a module.
+//!
+//! [`Cli`] is only parsed here; each subcommand's `run` does the work and says how the process ends.
+//! Exit codes follow `sysexits.h` where it has one, because service managers and scripts act on
+//! them: [`EX_USAGE`] for a wrong command line and [`EX_CONFIG`] for a wrong configuration are not cured
+//! by a restart (`RestartPreventExitStatus=64 78`).
+
+pub mod check;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Config, ConfigError, Flags};
+
+/// The command line was wrong (`sysexits.h`).
+pub const EX_USAGE: u8 = 64;
+
+/// The process could not get what it needs from the system (`sysexits.h`).
+pub const EX_OSERR: u8 = 71;
+
+/// The configuration was wrong (`sysexits.h`).
+pub const EX_CONFIG: u8 = 78;
+
+/// Serves big snapshot files out of S3.
+///
+/// Byte ranges pinned by If-Match come from disk, or from S3 by a GET guarded by the same ETag: a
+/// client gets exactly the revision it pinned, or a clean refusal.
+#[derive(Debug, Parser)]
+#[command(
+    name = "pinrange",
+    version,
+    max_term_width = 100,
+    after_help = "Exit codes: 0 done; 64 the command line is wrong; 78 the configuration is wrong (check: 2)."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+#[expect(clippy::exhaustive_enums, reason = "closed: main dispatches every one")]
+pub enum Command {
+    /// Run a replica
+    ///
+    /// A setting is taken from a flag, else from its environment variable, else from the file, else
+    /// it has its default. Every key of the file can be set by a variable: PINRANGE_SERVER__LISTEN,
+    /// PINRANGE_CACHE__PART_SIZE, PINRANGE_MOUNT__0__BUCKET. The commented example,
+    /// deploy/pinrange.example.toml, has them all.
+    ///
+    /// Credentials for S3 come from the standard AWS chain: AWS_ACCESS_KEY_ID and
+    /// AWS_SECRET_ACCESS_KEY, a profile, or the role of the instance, pod or task. PINRANGE_LOG
+    /// filters the log: info, debug, pinrange=debug,warn.
+    Serve(Box<ServeArgs>),
+    /// Validate a configuration without opening a connection or touching the cache directory
+    ///
+    /// Reads the file and the PINRANGE_… variables. Prints the whole configuration, defaults
+    /// included, and exits 0; or prints what is wrong as FILE:LINE:COL, one problem a line, and
+    /// exits 2.
+    Check(check::CheckArgs),
+}
+
+/// Where the configuration file is.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ConfigFile {
+    /// Configuration file [default: what PINRANGE_CONFIG names, else none]
+    #[arg(
+        long = "config",
+        value_name = "FILE",
+        env = "PINRANGE_CONFIG",
+        hide_env = true
+    )]
+    pub path: Option<PathBuf>,
+}
+
+/// Arguments of `pinrange serve`.
+#[derive(Args, Debug)]
+pub struct ServeArgs {
+    /// The file.
+    #[command(flatten)]
+    pub file: ConfigFile,
+    /// What goes before it.
+    #[command(flatten)]
+    pub flags: Flags,
+}
+
+impl ServeArgs {
+    /// The configuration that these flags, this process's environment and the file give.
+    pub fn config(&self) -> Result<Config, ConfigError> {
+        Config::load(self.file.path.as_deref(), std::env::vars_os(), &self.flags)
+    }
+}
