@@ -2,6 +2,8 @@
 #![expect(missing_docs, reason = "skeleton")]
 pub mod disk;
 pub mod object;
+pub mod payload;
 pub mod remote;
 pub mod semantics;
+pub mod server;
 pub mod telemetry;
