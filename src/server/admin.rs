@@ -177,3 +177,174 @@ async fn purge<C: Control>(
 fn refuse(status: Status, error: &str) -> Response<ResponseBody> {
     respond::admin(status, JSON, format!("{}\n", json!({ "error": error })))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use parking_lot::Mutex;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio_util::sync::CancellationToken;
+
+    use super::super::accept::Acceptor;
+    use super::super::page_in::PageIn;
+    use super::*;
+
+    struct Fake {
+        readiness: Mutex<Readiness>,
+        purged: Mutex<Vec<String>>,
+    }
+
+    impl Control for Arc<Fake> {
+        fn readiness(&self) -> Readiness {
+            *self.readiness.lock()
+        }
+
+        fn metrics(&self) -> String {
+            "pinrange_up 1\n".to_owned()
+        }
+
+        async fn purge(&self, path: String) -> Result<Purged, PurgeRefused> {
+            self.purged.lock().push(path.clone());
+            match path.as_str() {
+                "/nowhere/key" => Err(PurgeRefused::NoMount(path)),
+                "/mount/%zz" => Err(PurgeRefused::Malformed("bad percent-encoding".to_owned())),
+                "/mount/broken" => Err(PurgeRefused::Failed("unlink: EIO".to_owned())),
+                _ => Ok(Purged {
+                    revisions: 2,
+                    bytes: 512,
+                }),
+            }
+        }
+    }
+
+    struct Server {
+        fake: Arc<Fake>,
+        addr: std::net::SocketAddr,
+    }
+
+    impl Server {
+        async fn start() -> Self {
+            let readiness = Mutex::new(Readiness::Ready);
+            let fake = Arc::new(Fake {
+                readiness,
+                purged: Mutex::default(),
+            });
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let addr = listener.local_addr().unwrap();
+            let handler = Arc::new(Admin(Arc::clone(&fake)));
+            let acceptor = Acceptor::new(listener, handler, limits(), PageIn::new().unwrap());
+            tokio::spawn(acceptor.run(CancellationToken::new(), Duration::ZERO));
+            Self { fake, addr }
+        }
+
+        /// Sends `head` (no final blank line) and `body`; returns the status and the whole answer.
+        async fn ask(&self, head: &str, body: &str) -> (String, String) {
+            let mut tcp = TcpStream::connect(self.addr).await.unwrap();
+            let len = body.len();
+            let request = format!(
+                "{head}\r\nHost: admin\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n{body}"
+            );
+            tcp.write_all(request.as_bytes()).await.unwrap();
+            let mut answer = String::new();
+            tcp.read_to_string(&mut answer).await.unwrap();
+            (answer["HTTP/1.1 ".len()..][..3].to_owned(), answer)
+        }
+
+        async fn purge(&self, body: &str) -> (String, String) {
+            self.ask("POST /purge HTTP/1.1", body).await
+        }
+    }
+
+    #[tokio::test]
+    async fn readyz_is_503_while_starting_and_draining_and_healthz_never() {
+        let server = Server::start().await;
+        for (readiness, status) in [
+            (Readiness::Starting, "503"),
+            (Readiness::Ready, "200"),
+            (Readiness::Draining, "503"),
+        ] {
+            *server.fake.readiness.lock() = readiness;
+            assert_eq!(server.ask("GET /readyz HTTP/1.1", "").await.0, status);
+            assert_eq!(server.ask("GET /healthz HTTP/1.1", "").await.0, "200");
+        }
+    }
+
+    #[tokio::test]
+    async fn metrics_are_prometheus_text() {
+        let (status, answer) = Server::start().await.ask("GET /metrics HTTP/1.1", "").await;
+        assert_eq!(status, "200");
+        assert!(
+            answer.contains("content-type: text/plain; version=0.0.4"),
+            "{answer}"
+        );
+        assert!(answer.ends_with("\r\n\r\npinrange_up 1\n"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn purge_answers_with_what_was_removed() {
+        let server = Server::start().await;
+        let (status, answer) = server.purge(r#"{"path": "/mount/a*"}"#).await;
+        assert_eq!(status, "200");
+        assert!(
+            answer.ends_with("{\"bytes\":512,\"revisions\":2}\n"),
+            "{answer}"
+        );
+        assert_eq!(*server.fake.purged.lock(), ["/mount/a*"]);
+    }
+
+    #[tokio::test]
+    async fn purge_says_what_is_wrong_with_a_request() {
+        let server = Server::start().await;
+        let long = format!(r#"{{"path": "{}"}}"#, "x".repeat(MAX_PURGE_BODY));
+        for (body, status, says) in [
+            (
+                r#"{"path": "/nowhere/key"}"#,
+                "404",
+                "nothing is mounted at /nowhere/key",
+            ),
+            (r#"{"path": "/mount/%zz"}"#, "400", "bad percent-encoding"),
+            (r#"{"path": "/mount/broken"}"#, "500", "unlink: EIO"),
+            (
+                r#"{"path": "/mount/a", "recursive": true}"#,
+                "400",
+                "unknown field `recursive`",
+            ),
+            ("/mount/a", "400", "expected {\\\"path\\\""),
+            ("", "400", "expected"),
+            (&long, "413", "more than 16384 bytes"),
+        ] {
+            let (got, answer) = server.purge(body).await;
+            assert_eq!(got, status, "{answer}");
+            assert!(
+                answer.contains("content-type: application/json"),
+                "{answer}"
+            );
+            assert!(answer.contains(says), "{answer}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_web_page_cannot_purge() {
+        let server = Server::start().await;
+        let head = "POST /purge HTTP/1.1\r\nOrigin: http://evil.example";
+        assert_eq!(server.ask(head, r#"{"path": "/mount/*"}"#).await.0, "403");
+        assert!(server.fake.purged.lock().is_empty());
+    }
+
+    #[tokio::test]
+    async fn other_methods_and_pages_are_refused() {
+        let server = Server::start().await;
+        let (status, answer) = server.ask("DELETE /metrics HTTP/1.1", "").await;
+        assert_eq!(status, "405");
+        assert!(answer.contains("allow: GET, HEAD\r\n"), "{answer}");
+        let (status, answer) = server.ask("GET /purge HTTP/1.1", "").await;
+        assert_eq!(status, "405");
+        assert!(answer.contains("allow: POST\r\n"), "{answer}");
+        assert_eq!(server.ask("GET /metricz HTTP/1.1", "").await.0, "404");
+        let (status, answer) = server.ask("HEAD /healthz HTTP/1.1", "").await;
+        assert_eq!(status, "200");
+        assert!(answer.ends_with("\r\n\r\n"), "{answer}");
+    }
+}
