@@ -7,6 +7,8 @@ pub mod mount;
 pub mod payload;
 pub mod tiers;
 pub mod object;
+pub mod payload;
 pub mod remote;
 pub mod semantics;
+pub mod server;
 pub mod telemetry;
