@@ -2,6 +2,10 @@
 pub mod cli;
 pub mod config;
 pub mod disk;
+pub mod fill;
+pub mod mount;
+pub mod payload;
+pub mod tiers;
 pub mod object;
 pub mod remote;
 pub mod semantics;

@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::semantics::EntityTag;
+use crate::semantics::{EntityTag, RepresentationMetadata};
 
 /// Names an object for ever: which store it lives in, and its full key there.
 ///
@@ -126,4 +126,15 @@ pub struct Representation {
     /// `content-encoding`, `content-language`, `content-disposition`, `cache-control`, `expires`,
     /// `x-amz-meta-*`.
     pub headers: Vec<(Box<str>, Box<str>)>,
+}
+
+impl Representation {
+    /// What preconditions and ranges are evaluated against.
+    pub fn metadata(&self) -> RepresentationMetadata {
+        RepresentationMetadata {
+            etag: self.validator.entity_tag(),
+            last_modified: self.last_modified,
+            size: self.size,
+        }
+    }
 }

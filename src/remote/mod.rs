@@ -15,6 +15,7 @@ pub mod fault;
 pub mod memory;
 pub mod s3;
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,8 +51,21 @@ pub struct RemoteRead {
     pub body: BoxStream<'static, Result<Bytes, RemoteError>>,
 }
 
+impl fmt::Debug for RemoteRead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RemoteRead")
+            .field("representation", &self.representation)
+            .field("range", &self.range)
+            .finish_non_exhaustive()
+    }
+}
+
 /// What a self-labelling read found.
-#[expect(clippy::exhaustive_enums, reason = "closed: the two answers a conditional read can have")]
+#[derive(Debug)]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: the two answers a conditional read can have"
+)]
 pub enum Current {
     /// The object is (still) at the validator that was sent along.
     NotModified {
@@ -115,7 +129,10 @@ pub enum Fault {
 /// What went wrong between us and the remote. A closed set: each has exactly one answer in
 /// `tiers::settle` and a metric label.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "closed: every kind must be given an answer")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: every kind must be given an answer"
+)]
 pub enum RemoteErrorKind {
     /// The guard failed: the object is at another revision.
     Mismatch,
@@ -202,6 +219,21 @@ pub struct RemoteError {
 impl RemoteError {
     /// An error without a cause below it.
     pub fn new(kind: RemoteErrorKind, op: &'static str, detail: impl Into<String>) -> Self {
-        Self { kind, op, detail: detail.into(), source: None }
+        Self {
+            kind,
+            op,
+            detail: detail.into(),
+            source: None,
+        }
+    }
+
+    /// The same error with what the driver said below it. That goes to the log: no credential.
+    #[must_use]
+    pub fn with_source(
+        mut self,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        self.source = Some(Arc::from(source.into()));
+        self
     }
 }

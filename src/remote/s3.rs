@@ -1,1 +1,1168 @@
-//! skeleton
+//! S3 and whatever speaks its protocol: the only user of the AWS SDK.
+//!
+//! The SDK resolves credentials, signs, and moves bytes. What a response *means* is read here, from
+//! its raw status and fields, because the SDK's types drop what we need (`GetObjectOutput` has no
+//! status; 304 and an empty 412 come as "unhandled") and refuse what we can live with (a malformed
+//! `Last-Modified` fails the whole GET). So each request carries a [`Tap`], an interceptor that
+//! takes the response's head before the SDK looks at it, and the SDK is left with the body:
+//!
+//! ```text
+//! Remote method → request → SDK (credentials, signature, hyper) → Tap → Head
+//!                                                               ↘ SDK → body, or an S3 error code
+//! Head: success → check_range / check_whole → exact_body → RemoteRead
+//!       else    → classify → RemoteError
+//! ```
+//!
+//! The SDK's retries, stalled-stream protection and response checksums are off: the caller owns the
+//! retry budget, we have our own timeouts, and a checksum that is known at the end of the body comes too late
+//! for bytes that were already sent on. Timeouts: the TCP and TLS handshake; the response's head,
+//! counted from the call, so that it includes credentials and the handshake; silence within a body.
+//!
+//! # Versions
+//! A guard that knows a version id asks for that version. If S3 refuses (the version was removed by
+//! a lifecycle rule, or our policy lacks `s3:GetObjectVersion`), that says nothing of the object,
+//! which may well be at the guarded revision: [`Remote::read`] then asks once more, without the id,
+//! still with `If-Match`. It is the only method that can make two requests. Where the second
+//! succeeds after a 403, versions are not asked for again.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
+
+use aws_config::BehaviorVersion;
+use aws_config::environment::EnvironmentVariableRegionProvider;
+use aws_config::imds::region::ImdsRegionProvider;
+use aws_config::meta::region::RegionProviderChain;
+use aws_config::profile::ProfileFileRegionProvider;
+use aws_credential_types::provider::error::CredentialsError;
+use aws_sdk_s3::Client;
+use aws_sdk_s3::config::http::HttpResponse;
+use aws_sdk_s3::config::interceptors::{
+    BeforeDeserializationInterceptorContextMut, BeforeTransmitInterceptorContextRef,
+};
+use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::timeout::TimeoutConfig;
+use aws_sdk_s3::config::{
+    AppName, ConfigBag, Intercept, Region, RequestChecksumCalculation, ResponseChecksumValidation,
+    RuntimeComponents, SharedHttpClient, StalledStreamProtectionConfig,
+};
+use aws_sdk_s3::error::{BoxError, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::operation::get_object::builders::GetObjectFluentBuilder;
+use aws_sdk_s3::primitives::{ByteStream, SdkBody};
+use aws_smithy_http_client::tls;
+use aws_smithy_runtime_api::client::interceptors::dyn_dispatch_hint;
+use aws_smithy_runtime_api::http::Headers;
+use bytes::Bytes;
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use futures::stream::{self, BoxStream, StreamExt as _};
+use http_body_util::Limited;
+use parking_lot::Mutex;
+
+use super::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead};
+use crate::object::{Representation, Validator};
+use crate::semantics::{ByteRange, RangeSpec};
+
+/// Longest key that S3 takes, in bytes; a longer one names nothing.
+const MAX_KEY: usize = 1024;
+
+/// Most bytes of `x-amz-meta-*` names and values that are passed on. S3 allows 2 KB; others more.
+const MAX_USER_METADATA: usize = 8 * 1024;
+
+/// Most bytes of an error response that are read. S3's errors are below 2 KiB.
+const MAX_ERROR_BODY: usize = 64 * 1024;
+
+/// Idle connections kept: as many as GETs that a wide download has under way at once.
+const IDLE_CONNECTIONS: usize = 128;
+
+/// How long an idle connection is kept. S3 closes them after some 20 s; a request on one that is
+/// just being closed fails.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long a start may wait for the instance's region, where nothing else names one.
+const IMDS_REGION_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Where a bucket is and how long to wait for it.
+#[derive(Clone, Debug)]
+pub struct S3Settings {
+    /// The bucket's name, or an access point's ARN.
+    pub bucket: String,
+    /// Base URL of the store, as `http://127.0.0.1:3900`. `None`: `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`, the
+    /// profile's `endpoint_url`, else AWS itself.
+    pub endpoint: Option<String>,
+    /// `None`: the environment's or the profile's; then `us-east-1` for an endpoint, the instance's for AWS.
+    pub region: Option<String>,
+    /// `endpoint/bucket/key` instead of `bucket.endpoint/key`.
+    pub path_style: bool,
+    /// Where credentials come from.
+    pub credentials: CredentialSource,
+    /// For a connection, TLS included.
+    pub connect_timeout: Duration,
+    /// From the call to the response's head; credentials and connection are included.
+    pub first_byte_timeout: Duration,
+    /// The longest silence within a body.
+    pub stall_timeout: Duration,
+}
+
+/// Where credentials come from.
+#[derive(Clone)]
+#[non_exhaustive]
+pub enum CredentialSource {
+    /// The standard AWS chain: environment, profile (SSO and processes too), web identity, container, instance. Asked
+    /// when the first request needs them and again before they expire.
+    Chain,
+    /// For an S3 that we started ourselves; never read from a configuration.
+    Fixed {
+        /// Access key id.
+        access_key_id: String,
+        /// Its secret.
+        secret_access_key: String,
+    },
+}
+
+impl fmt::Debug for CredentialSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Chain => "Chain",
+            Self::Fixed { .. } => "Fixed { .. }",
+        })
+    }
+}
+
+impl S3Settings {
+    /// `bucket` on AWS, with credentials from the standard chain.
+    ///
+    /// Timeouts: S3 answers within 200 ms when it is well, so 3 s to connect and 10 s to answer or
+    /// of silence are trouble, and leave a client that waits 30 s room for a retry.
+    pub fn new(bucket: impl Into<String>) -> Self {
+        Self {
+            bucket: bucket.into(),
+            endpoint: None,
+            region: None,
+            path_style: false,
+            credentials: CredentialSource::Chain,
+            connect_timeout: Duration::from_secs(3),
+            first_byte_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Settings that name no bucket one could ask.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidS3Settings {
+    /// The bucket's name is empty or holds what no name can.
+    #[error("bucket {0:?} is not a bucket name or an access point's ARN")]
+    Bucket(String),
+    /// Not `http://host[:port]` or `https://…`. Says nothing of the value, which may hold a password.
+    #[error(
+        "the endpoint {0}; it should look like https://s3.example.com or http://127.0.0.1:3900"
+    )]
+    Endpoint(&'static str),
+}
+
+/// One bucket of an S3 server.
+pub struct S3Remote {
+    store: Arc<str>,
+    bucket: String,
+    client: Client,
+    first_byte_timeout: Duration,
+    stall_timeout: Duration,
+    /// Set when a GET by version was refused with 403 and the same GET without it succeeded.
+    versions_denied: AtomicBool,
+}
+
+impl S3Remote {
+    /// Makes a driver; connects to nothing and asks for no credentials, so an S3 that is down or
+    /// credentials that are missing show with the first request.
+    ///
+    /// Only where nothing names a region or an endpoint is the instance metadata service asked for the region, for at
+    /// most two seconds.
+    ///
+    /// # Errors
+    /// [`InvalidS3Settings`] when no request could ever be made of `settings`.
+    pub async fn connect(settings: S3Settings) -> Result<Self, InvalidS3Settings> {
+        check_bucket(&settings.bucket)?;
+        let http_client = http_client();
+        let configured = match settings.endpoint.clone() {
+            Some(endpoint) => Some(endpoint),
+            None => endpoint_from_environment(),
+        };
+        let mut loader = aws_config::defaults(BehaviorVersion::latest())
+            .http_client(http_client)
+            .app_name(AppName::new("pinrange").expect("letters"))
+            .timeout_config(
+                TimeoutConfig::builder()
+                    .connect_timeout(settings.connect_timeout)
+                    .build(),
+            )
+            .region(region(settings.region.clone(), configured.is_some()).await);
+        if let CredentialSource::Fixed {
+            access_key_id,
+            secret_access_key,
+        } = &settings.credentials
+        {
+            loader = loader.credentials_provider(aws_sdk_s3::config::Credentials::new(
+                access_key_id,
+                secret_access_key,
+                None,
+                None,
+                "pinrange",
+            ));
+        }
+        let shared = loader.load().await;
+        let endpoint = match configured.as_deref().or_else(|| shared.endpoint_url()) {
+            Some(endpoint) => Some(checked_endpoint(endpoint)?),
+            None => None,
+        };
+        let mut config = aws_sdk_s3::config::Builder::from(&shared)
+            .force_path_style(settings.path_style)
+            .retry_config(RetryConfig::disabled())
+            .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
+            .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
+            .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
+        // Set even when there is none, so that the store's identity below names what is asked.
+        config.set_endpoint_url(endpoint.clone());
+        // A bucket's name on AWS is unique among all regions.
+        let store = match &endpoint {
+            Some(endpoint) => format!("{endpoint}/{}", settings.bucket),
+            None => format!("s3://{}", settings.bucket),
+        };
+        Ok(Self {
+            store: store.into(),
+            bucket: settings.bucket,
+            client: Client::from_conf(config.build()),
+            first_byte_timeout: settings.first_byte_timeout,
+            stall_timeout: settings.stall_timeout,
+            versions_denied: AtomicBool::new(false),
+        })
+    }
+
+    fn get(&self, key: &str) -> GetObjectFluentBuilder {
+        self.client.get_object().bucket(&self.bucket).key(key)
+    }
+
+    /// Sends a GET. The body is untouched and unchecked.
+    async fn fetch(
+        &self,
+        op: &'static str,
+        request: GetObjectFluentBuilder,
+    ) -> Result<(Head, ByteStream), Refusal> {
+        let tap = Tap::default();
+        let sent = request.customize().interceptor(tap.clone()).send();
+        let (head, output) = self.exchange(op, &tap, sent).await?;
+        Ok((head, output.body))
+    }
+
+    /// Waits for the response's head and, for an error, its body.
+    async fn exchange<T, E>(
+        &self,
+        op: &'static str,
+        tap: &Tap,
+        sent: impl Future<Output = Result<T, SdkError<E, HttpResponse>>>,
+    ) -> Result<(Head, T), Refusal>
+    where
+        E: ProvideErrorMetadata + StdError + Send + Sync + 'static,
+    {
+        let Ok(result) = tokio::time::timeout(self.first_byte_timeout, sent).await else {
+            let detail = format!("no response within {:?}", self.first_byte_timeout);
+            return Err(RemoteError::new(RemoteErrorKind::Timeout, op, detail).into());
+        };
+        let Tapped {
+            head,
+            access_key_id,
+        } = tap.take();
+        match (head, result) {
+            (Some(head), Ok(output)) => Ok((head, output)),
+            (Some(head), Err(error)) => Err(Refusal::of_response(
+                op,
+                head,
+                access_key_id.as_deref(),
+                &error,
+            )),
+            (None, Err(error)) => Err(transport_error(op, error).into()),
+            (None, Ok(_)) => unreachable!("the SDK has no output without a response"),
+        }
+    }
+
+    async fn read_once(
+        &self,
+        guard: &Guard,
+        want: RangeSpec,
+        version_id: Option<&str>,
+    ) -> Result<RemoteRead, Refusal> {
+        const OP: &str = "read";
+        let request = self
+            .get(&guard.key)
+            .if_match(guard.validator.as_field_value())
+            .range(range_field(want))
+            .set_version_id(version_id.map(str::to_owned));
+        let (head, body) = self.fetch(OP, request).await?;
+        let (representation, range) = head.check_range(OP, want)?;
+        head.check_validator(OP, &representation, &guard.validator)?;
+        if let Some(size) = guard.size
+            && size != representation.size
+        {
+            return Err(protocol(
+                OP,
+                format!(
+                    "{:?} had {size} bytes and is said to have {}",
+                    guard.validator, representation.size
+                ),
+            )
+            .into());
+        }
+        let body = exact_body(body, range.len(), self.stall_timeout, OP);
+        Ok(RemoteRead {
+            representation,
+            range: Some(range),
+            body,
+        })
+    }
+
+    async fn read_guarded(
+        &self,
+        guard: &Guard,
+        want: RangeSpec,
+    ) -> Result<RemoteRead, RemoteError> {
+        const OP: &str = "read";
+        check_key(&guard.key, OP)?;
+        if want == RangeSpec::Suffix(0) {
+            return Err(empty_suffix(OP, guard.size));
+        }
+        let version_id = guard
+            .version_id
+            .as_deref()
+            .filter(|id| *id != "null" && !self.versions_denied.load(Ordering::Relaxed));
+        let Some(version_id) = version_id else {
+            return Ok(self.read_once(guard, want, None).await?);
+        };
+        let refusal = match self.read_once(guard, want, Some(version_id)).await {
+            Ok(read) => return Ok(read),
+            Err(refusal) => refusal,
+        };
+        if !refusal.may_be_of_the_version() {
+            return Err(refusal.into());
+        }
+        let read = self.read_once(guard, want, None).await?;
+        if refusal.status() == Some(403) && !self.versions_denied.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "S3 denies reads by version: held revisions will not outlive an overwrite; \
+                 allow s3:GetObjectVersion to us to change that"
+            );
+        }
+        Ok(read)
+    }
+
+    async fn read_labelled(
+        &self,
+        key: &str,
+        want: Option<RangeSpec>,
+        unless: Option<&Validator>,
+    ) -> Result<Current, RemoteError> {
+        const OP: &str = "read_current";
+        check_key(key, OP)?;
+        if want == Some(RangeSpec::Suffix(0)) {
+            return Err(empty_suffix(OP, None));
+        }
+        let request = self
+            .get(key)
+            .set_range(want.map(range_field))
+            .set_if_none_match(unless.map(|validator| validator.as_field_value().to_owned()));
+        let (head, body) = match (self.fetch(OP, request).await, unless) {
+            (Ok(answer), _) => answer,
+            (
+                Err(Refusal {
+                    head: Some(head @ Head { status: 304, .. }),
+                    ..
+                }),
+                Some(unless),
+            ) => {
+                return head.not_modified(OP, unless);
+            }
+            (Err(refusal), _) => return Err(refusal.into()),
+        };
+        let (representation, range) = match want {
+            Some(want) => {
+                let (representation, range) = head.check_range(OP, want)?;
+                (representation, Some(range))
+            }
+            None => head.check_whole(OP)?,
+        };
+        let len = range.map_or(0, ByteRange::len);
+        let body = exact_body(body, len, self.stall_timeout, OP);
+        Ok(Current::Read(RemoteRead {
+            representation,
+            range,
+            body,
+        }))
+    }
+
+    async fn head(
+        &self,
+        key: &str,
+        pin: Option<&Validator>,
+    ) -> Result<Representation, RemoteError> {
+        const OP: &str = "stat";
+        check_key(key, OP)?;
+        let tap = Tap::default();
+        let sent = self
+            .client
+            .head_object()
+            .bucket(&self.bucket)
+            .key(key)
+            .set_if_match(pin.map(|validator| validator.as_field_value().to_owned()))
+            .customize()
+            .interceptor(tap.clone())
+            .send();
+        let (head, _) = self.exchange(OP, &tap, sent).await?;
+        let (representation, _) = head.check_whole(OP)?;
+        if let Some(pin) = pin {
+            head.check_validator(OP, &representation, pin)?;
+        }
+        Ok(representation)
+    }
+}
+
+impl fmt::Debug for S3Remote {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("S3Remote")
+            .field("store", &self.store)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Remote for S3Remote {
+    fn store(&self) -> &Arc<str> {
+        &self.store
+    }
+
+    fn stat<'a>(
+        &'a self,
+        key: &'a str,
+        pin: Option<&'a Validator>,
+    ) -> BoxFuture<'a, Result<Representation, RemoteError>> {
+        self.head(key, pin).boxed()
+    }
+
+    fn read<'a>(
+        &'a self,
+        guard: &'a Guard,
+        want: RangeSpec,
+    ) -> BoxFuture<'a, Result<RemoteRead, RemoteError>> {
+        self.read_guarded(guard, want).boxed()
+    }
+
+    fn read_current<'a>(
+        &'a self,
+        key: &'a str,
+        want: Option<RangeSpec>,
+        unless: Option<&'a Validator>,
+    ) -> BoxFuture<'a, Result<Current, RemoteError>> {
+        self.read_labelled(key, want, unless).boxed()
+    }
+}
+
+// === settings ===
+
+fn http_client() -> SharedHttpClient {
+    // The default TLS context trusts the system's certificates and honours SSL_CERT_FILE.
+    aws_smithy_http_client::Builder::new()
+        .tls_provider(tls::Provider::Rustls(
+            tls::rustls_provider::CryptoMode::Ring,
+        ))
+        .pool_max_idle_per_host(IDLE_CONNECTIONS)
+        .pool_idle_timeout(IDLE_TIMEOUT)
+        .build_https()
+}
+
+async fn region(configured: Option<String>, has_endpoint: bool) -> Region {
+    if let Some(region) = configured {
+        return Region::new(region);
+    }
+    let named = RegionProviderChain::first_try(EnvironmentVariableRegionProvider::new())
+        .or_else(ProfileFileRegionProvider::new());
+    if let Some(region) = named.region().await {
+        return region;
+    }
+    if !has_endpoint {
+        let instance = ImdsRegionProvider::builder().build();
+        if let Ok(Some(region)) = tokio::time::timeout(IMDS_REGION_TIMEOUT, instance.region()).await
+        {
+            return region;
+        }
+        tracing::warn!("no region is configured; assuming us-east-1. Set the mount's `region`");
+    }
+    Region::from_static("us-east-1")
+}
+
+fn endpoint_from_environment() -> Option<String> {
+    let ignored = std::env::var("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS");
+    if ignored.is_ok_and(|value| value.eq_ignore_ascii_case("true")) {
+        return None;
+    }
+    std::env::var("AWS_ENDPOINT_URL_S3")
+        .ok()
+        .filter(|url| !url.is_empty())
+}
+
+fn check_bucket(bucket: &str) -> Result<(), InvalidS3Settings> {
+    // Colons and slashes stand in ARNs; everything stricter is for the server to say.
+    let plausible = |b: u8| b.is_ascii_alphanumeric() || b"-._:/".contains(&b);
+    if bucket.is_empty() || !bucket.bytes().all(plausible) {
+        return Err(InvalidS3Settings::Bucket(bucket.to_owned()));
+    }
+    Ok(())
+}
+
+/// One spelling per endpoint: scheme and host in lower case, no slash at the end.
+fn checked_endpoint(endpoint: &str) -> Result<String, InvalidS3Settings> {
+    let invalid = |what| Err(InvalidS3Settings::Endpoint(what));
+    let Ok(uri) = endpoint.parse::<http::Uri>() else {
+        return invalid("is not a URL");
+    };
+    let (Some(scheme @ ("http" | "https")), Some(authority)) = (uri.scheme_str(), uri.authority())
+    else {
+        return invalid("is not an http or https URL with a host");
+    };
+    if authority.as_str().contains('@') {
+        return invalid("holds a user name; credentials come from the AWS chain");
+    }
+    if uri.query().is_some() {
+        return invalid("has a query");
+    }
+    let authority = authority.as_str().to_ascii_lowercase();
+    Ok(format!(
+        "{scheme}://{authority}{}",
+        uri.path().trim_end_matches('/')
+    ))
+}
+
+fn check_key(key: &str, op: &'static str) -> Result<(), RemoteError> {
+    if key.is_empty() || key.len() > MAX_KEY {
+        let detail = format!("no key has {} bytes", key.len());
+        return Err(RemoteError::new(RemoteErrorKind::Absent, op, detail));
+    }
+    Ok(())
+}
+
+/// Servers disagree on `bytes=-0`, so none is asked.
+fn empty_suffix(op: &'static str, size: Option<u64>) -> RemoteError {
+    let kind = RemoteErrorKind::Unsatisfiable { size };
+    RemoteError::new(kind, op, "a suffix of no bytes is no range")
+}
+
+/// No object is near 2⁶³ bytes, and not every server reads numbers beyond, so larger ones are cut
+/// to it; the answer is the same.
+fn range_field(want: RangeSpec) -> String {
+    const MAX: u64 = i64::MAX as u64;
+    match want {
+        RangeSpec::Closed { first, last } => format!("bytes={}-{}", first.min(MAX), last.min(MAX)),
+        RangeSpec::From(first) => format!("bytes={}-", first.min(MAX)),
+        RangeSpec::Suffix(length) => format!("bytes=-{}", length.min(MAX)),
+    }
+}
+
+// === the response's head ===
+
+/// Takes the head of a response before the SDK deserialises it.
+#[derive(Clone, Debug, Default)]
+struct Tap(Arc<Mutex<Tapped>>);
+
+#[derive(Debug, Default)]
+struct Tapped {
+    head: Option<Head>,
+    /// What the request was signed with: servers repeat it in their messages.
+    access_key_id: Option<String>,
+}
+
+impl Tap {
+    fn take(&self) -> Tapped {
+        std::mem::take(&mut *self.0.lock())
+    }
+}
+
+#[dyn_dispatch_hint]
+impl Intercept for Tap {
+    fn name(&self) -> &'static str {
+        "Tap"
+    }
+
+    fn read_before_transmit(
+        &self,
+        context: &BeforeTransmitInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let authorization = context.request().headers().get("authorization");
+        self.0.lock().access_key_id = authorization
+            .and_then(|field| field.split_once("Credential="))
+            .and_then(|(_, credential)| credential.split_once('/'))
+            .map(|(id, _)| id.to_owned());
+        Ok(())
+    }
+
+    fn modify_before_deserialization(
+        &self,
+        context: &mut BeforeDeserializationInterceptorContextMut<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let response = context.response_mut();
+        let status = response.status().as_u16();
+        let headers = if response.status().is_success() {
+            // What the SDK does not see cannot fail its parsers.
+            std::mem::take(response.headers_mut())
+        } else {
+            let body = response.take_body();
+            *response.body_mut() = SdkBody::from_body_1_x(Limited::new(body, MAX_ERROR_BODY));
+            response.headers().clone()
+        };
+        self.0.lock().head = Some(Head { status, headers });
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct Head {
+    status: u16,
+    headers: Headers,
+}
+
+impl Head {
+    /// A field that must not have two meanings.
+    fn single(&self, op: &'static str, name: &'static str) -> Result<Option<&str>, RemoteError> {
+        let mut values = self.headers.get_all_bytes(name);
+        let (first, second) = (values.next(), values.next());
+        if second.is_some() {
+            return Err(protocol(
+                op,
+                format!("the response has several {name} fields"),
+            ));
+        }
+        first
+            .map(std::str::from_utf8)
+            .transpose()
+            .map_err(|_| protocol(op, format!("the response's {name} is not text")))
+    }
+
+    fn content_length(&self, op: &'static str) -> Result<Option<u64>, RemoteError> {
+        self.single(op, "content-length")?
+            .map(|value| {
+                decimal(value)
+                    .ok_or_else(|| protocol(op, format!("Content-Length {value:?} is no number")))
+            })
+            .transpose()
+    }
+
+    /// Checks a response to a range: 206, the range that was asked for once it is clamped to the complete
+    /// length that the response itself names, and as many bytes of body.
+    fn check_range(
+        &self,
+        op: &'static str,
+        want: RangeSpec,
+    ) -> Result<(Representation, ByteRange), RemoteError> {
+        if self.status != 206 {
+            return Err(protocol(op, format!("status {} for a range", self.status)));
+        }
+        let field = self
+            .single(op, "content-range")?
+            .ok_or_else(|| protocol(op, "a 206 without Content-Range"))?;
+        let (first, last, size) = content_range(field)
+            .ok_or_else(|| protocol(op, format!("Content-Range {field:?} names no range")))?;
+        let range = want
+            .resolve(size)
+            .filter(|range| (range.start(), range.last()) == (first, last))
+            .ok_or_else(|| protocol(op, format!("Content-Range {field:?} for {want:?}")))?;
+        self.check_length(op, range.len())?;
+        Ok((self.representation(op, size)?, range))
+    }
+
+    /// Checks a response to a request without a range.
+    fn check_whole(
+        &self,
+        op: &'static str,
+    ) -> Result<(Representation, Option<ByteRange>), RemoteError> {
+        if self.status != 200 {
+            return Err(protocol(
+                op,
+                format!("status {} for a whole object", self.status),
+            ));
+        }
+        let size = self
+            .content_length(op)?
+            .ok_or_else(|| protocol(op, "a whole object without Content-Length"))?;
+        Ok((self.representation(op, size)?, ByteRange::whole(size)))
+    }
+
+    /// Content-Length may be missing behind a proxy that sends chunks; [`exact_body`] counts anyway.
+    fn check_length(&self, op: &'static str, len: u64) -> Result<(), RemoteError> {
+        match self.content_length(op)? {
+            Some(named) if named != len => Err(protocol(
+                op,
+                format!("Content-Length {named} for a range of {len} bytes"),
+            )),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    fn check_validator(
+        &self,
+        op: &'static str,
+        representation: &Representation,
+        guard: &Validator,
+    ) -> Result<(), RemoteError> {
+        if representation.validator == *guard {
+            return Ok(());
+        }
+        let (status, got) = (self.status, &representation.validator);
+        let detail = format!("status {status} with ETag {got:?} to If-Match {guard:?}");
+        Err(protocol(op, detail))
+    }
+
+    fn validator(&self, op: &'static str) -> Result<Option<Validator>, RemoteError> {
+        self.single(op, "etag")?
+            .map(|field| {
+                Validator::from_etag_field(field)
+                    .map_err(|error| protocol(op, format!("the ETag {error}")))
+            })
+            .transpose()
+    }
+
+    fn representation(&self, op: &'static str, size: u64) -> Result<Representation, RemoteError> {
+        let validator = self
+            .validator(op)?
+            .ok_or_else(|| protocol(op, "the response has no ETag"))?;
+        Ok(Representation {
+            validator,
+            size,
+            last_modified: self.last_modified(),
+            version_id: self
+                .headers
+                .get("x-amz-version-id")
+                .filter(|id| *id != "null" && is_field_text(id.as_bytes()))
+                .map(Arc::from),
+            headers: self.passed_on(),
+        })
+    }
+
+    fn last_modified(&self) -> Option<SystemTime> {
+        self.headers
+            .get("last-modified")
+            .and_then(|value| httpdate::parse_http_date(value).ok())
+    }
+
+    /// The fields of [`Representation::headers`], sorted. Values that are not visible ASCII are left
+    /// out, as is user metadata beyond [`MAX_USER_METADATA`].
+    fn passed_on(&self) -> Vec<(Box<str>, Box<str>)> {
+        const FIELDS: [&str; 6] = [
+            "cache-control",
+            "content-disposition",
+            "content-encoding",
+            "content-language",
+            "content-type",
+            "expires",
+        ];
+        let is_ours = |name: &str| FIELDS.contains(&name) || name.starts_with("x-amz-meta-");
+        let mut fields: Vec<(Box<str>, Box<str>)> = self
+            .headers
+            .iter()
+            .filter(|(name, value)| is_ours(name) && is_field_text(value.as_bytes()))
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect();
+        fields.sort();
+        let mut room = MAX_USER_METADATA;
+        fields.retain(|(name, value)| {
+            if !name.starts_with("x-amz-meta-") {
+                return true;
+            }
+            let left = room.checked_sub(name.len() + value.len());
+            room = left.unwrap_or(room);
+            left.is_some()
+        });
+        fields
+    }
+
+    /// The answer to a 304 for `unless`.
+    fn not_modified(&self, op: &'static str, unless: &Validator) -> Result<Current, RemoteError> {
+        match self.validator(op)? {
+            Some(named) if named != *unless => Err(protocol(
+                op,
+                format!("status 304 with ETag {named:?} to {unless:?}"),
+            )),
+            Some(_) | None => Ok(Current::NotModified {
+                last_modified: self.last_modified(),
+            }),
+        }
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        let value = self.headers.get("retry-after")?.trim();
+        if let Some(seconds) = decimal(value) {
+            return Some(Duration::from_secs(seconds));
+        }
+        let date = httpdate::parse_http_date(value).ok()?;
+        Some(
+            date.duration_since(SystemTime::now())
+                .unwrap_or(Duration::ZERO),
+        )
+    }
+}
+
+/// `bytes 0-99/1000` as (0, 99, 1000).
+fn content_range(field: &str) -> Option<(u64, u64, u64)> {
+    let (range, size) = field.strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    Some((decimal(first)?, decimal(last)?, decimal(size)?))
+}
+
+/// Digits only: `u64::from_str` would take a `+`.
+fn decimal(digits: &str) -> Option<u64> {
+    (!digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
+        .then(|| digits.parse().ok())
+        .flatten()
+}
+
+fn is_field_text(value: &[u8]) -> bool {
+    value
+        .iter()
+        .all(|&b| b == b'\t' || (0x20..=0x7e).contains(&b))
+}
+
+fn protocol(op: &'static str, detail: impl Into<String>) -> RemoteError {
+    RemoteError::new(RemoteErrorKind::Protocol, op, detail)
+}
+
+// === failures ===
+
+/// A failed exchange and, where there was a response, what a method may still make of it.
+struct Refusal {
+    head: Option<Head>,
+    error: RemoteError,
+}
+
+impl From<RemoteError> for Refusal {
+    fn from(error: RemoteError) -> Self {
+        Self { head: None, error }
+    }
+}
+
+impl From<Refusal> for RemoteError {
+    fn from(refusal: Refusal) -> Self {
+        refusal.error
+    }
+}
+
+impl Refusal {
+    fn of_response<E>(
+        op: &'static str,
+        head: Head,
+        access_key_id: Option<&str>,
+        error: &SdkError<E, HttpResponse>,
+    ) -> Self
+    where
+        E: ProvideErrorMetadata,
+    {
+        let meta = error.as_service_error().map(ProvideErrorMetadata::meta);
+        let code = meta.and_then(|meta| meta.code());
+        let (kind, detail) = if head.status == 416 {
+            let body = error
+                .raw_response()
+                .and_then(|response| response.body().bytes());
+            let size = unsatisfied_size(&head, body.unwrap_or_default());
+            let detail = "the range starts beyond the end of the object".to_owned();
+            (RemoteErrorKind::Unsatisfiable { size }, detail)
+        } else {
+            classify(op, &head, code)
+        };
+        let source = S3Error {
+            status: head.status,
+            code: code.map(printable),
+            message: meta
+                .and_then(|meta| meta.message())
+                .map(|message| match access_key_id {
+                    Some(id) if !id.is_empty() => printable(&message.replace(id, "<access key>")),
+                    Some(_) | None => printable(message),
+                }),
+            request_id: head.headers.get("x-amz-request-id").map(printable),
+        };
+        let error = RemoteError::new(kind, op, detail).with_source(source);
+        Self {
+            head: Some(head),
+            error,
+        }
+    }
+
+    fn status(&self) -> Option<u16> {
+        self.head.as_ref().map(|head| head.status)
+    }
+
+    /// Whether the same GET without a version id could succeed: the version is gone (404, or 405
+    /// for a delete marker), its id is none of this bucket's (400), or only versions are denied (403).
+    fn may_be_of_the_version(&self) -> bool {
+        matches!(self.status(), Some(400 | 403 | 404 | 405))
+    }
+}
+
+/// What S3 said, for the log.
+#[derive(Debug)]
+struct S3Error {
+    status: u16,
+    code: Option<String>,
+    message: Option<String>,
+    request_id: Option<String>,
+}
+
+impl fmt::Display for S3Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "S3 answered {}", self.status)?;
+        if let Some(code) = &self.code {
+            write!(f, " {code}")?;
+        }
+        if let Some(message) = &self.message {
+            write!(f, ": {message}")?;
+        }
+        if let Some(id) = &self.request_id {
+            write!(f, " (request {id})")?;
+        }
+        Ok(())
+    }
+}
+
+impl StdError for S3Error {}
+
+/// At most 500 characters, none that could forge a line of the log.
+fn printable(text: &str) -> String {
+    text.chars()
+        .take(500)
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
+}
+
+/// What a status other than 416 means. `code` is S3's, from the body: a HEAD has none.
+fn classify(op: &'static str, head: &Head, code: Option<&str>) -> (RemoteErrorKind, String) {
+    use RemoteErrorKind as Kind;
+    if let Some(hint) = code.and_then(credential_hint) {
+        return (Kind::Misconfigured, hint.to_owned());
+    }
+    match (head.status, code) {
+        (412, _) => (
+            Kind::Mismatch,
+            "the object is at another revision".to_owned(),
+        ),
+        (404, Some("NoSuchBucket")) => (
+            Kind::Misconfigured,
+            "there is no such bucket: check the mount's `bucket`".to_owned(),
+        ),
+        (404, Some("NoSuchKey" | "NoSuchVersion" | "NotFound"))
+        | (400, Some("KeyTooLongError" | "InvalidURI")) => {
+            (Kind::Absent, "there is no such object".to_owned())
+        }
+        // Without a body a missing bucket cannot be told from a missing key.
+        (404, None) if op == "stat" => (Kind::Absent, "there is no such object".to_owned()),
+        // The default page of a proxy whose S3 is away must not read as "deleted".
+        (404, _) => (
+            Kind::Protocol,
+            "a 404 that is not S3's: does the endpoint speak S3?".to_owned(),
+        ),
+        (301 | 302 | 307 | 308, _) => (Kind::Misconfigured, redirect_detail(head)),
+        (400, Some("RequestTimeout")) => (Kind::Timeout, "S3 gave up waiting for us".to_owned()),
+        (_, Some("SlowDown" | "Throttling" | "ThrottlingException" | "RequestLimitExceeded"))
+        | (429 | 503, _) => (
+            Kind::Throttled {
+                retry_after: head.retry_after(),
+            },
+            format!("S3 asks us to slow down ({})", head.status),
+        ),
+        (500..=599, _) => (Kind::Unavailable, format!("S3 failed ({})", head.status)),
+        (400 | 401, _) => (
+            Kind::Misconfigured,
+            format!(
+                "S3 refused the request ({}): check region and credentials",
+                head.status
+            ),
+        ),
+        (403, Some("InvalidObjectState")) => (
+            Kind::Forbidden,
+            "the object is archived: restore it first".to_owned(),
+        ),
+        (403, _) => (
+            Kind::Forbidden,
+            "S3 denies access; it says so for missing keys too unless s3:ListBucket is allowed \
+             beside s3:GetObject"
+                .to_owned(),
+        ),
+        (status, _) => (Kind::Protocol, format!("unexpected status {status}")),
+    }
+}
+
+/// What to do about an error code that means that our signature is not accepted.
+fn credential_hint(code: &str) -> Option<&'static str> {
+    Some(match code {
+        "SignatureDoesNotMatch" => {
+            "the signature does not match: check the secret access key, the region and any proxy \
+             that rewrites requests"
+        }
+        "InvalidAccessKeyId" => "the access key is unknown to S3: check the AWS credentials",
+        "ExpiredToken" | "TokenRefreshRequired" | "RequestExpired" => {
+            "the session token has expired: renew the AWS credentials"
+        }
+        "InvalidToken" | "InvalidSecurity" | "UnrecognizedClientException" => {
+            "S3 does not accept the AWS credentials: renew them"
+        }
+        "AuthorizationHeaderMalformed" | "IllegalLocationConstraintException" => {
+            "the request was signed for another region: check the mount's `region`"
+        }
+        "RequestTimeTooSkewed" => "this machine's clock is wrong: S3 refuses signatures",
+        "AllAccessDisabled" | "AccountProblem" | "NotSignedUp" => {
+            "the AWS account of the bucket is disabled"
+        }
+        _ => return None,
+    })
+}
+
+fn redirect_detail(head: &Head) -> String {
+    let is_region = |name: &&str| {
+        !name.is_empty()
+            && name.len() <= 32
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    };
+    match head.headers.get("x-amz-bucket-region").filter(is_region) {
+        Some(region) => {
+            format!("the bucket is in another region: set the mount's `region` to {region}")
+        }
+        None => {
+            "S3 redirects us: check the mount's `endpoint`, `region` and `path_style`".to_owned()
+        }
+    }
+}
+
+/// The complete length that a 416 names: in `Content-Range: bytes */N`, or in S3's error.
+fn unsatisfied_size(head: &Head, body: &[u8]) -> Option<u64> {
+    let field = head
+        .headers
+        .get("content-range")
+        .and_then(|field| field.strip_prefix("bytes */"));
+    if let Some(size) = field {
+        return decimal(size);
+    }
+    let body = std::str::from_utf8(body).ok()?;
+    let (_, rest) = body.split_once("<ActualObjectSize>")?;
+    decimal(rest.split_once('<')?.0)
+}
+
+/// A failure without a response: nothing was sent, or nothing came back.
+fn transport_error<E>(op: &'static str, error: SdkError<E, HttpResponse>) -> RemoteError
+where
+    E: StdError + Send + Sync + 'static,
+{
+    let (kind, detail) = match &error {
+        SdkError::TimeoutError(_) => (RemoteErrorKind::Timeout, "S3 did not answer in time"),
+        SdkError::DispatchFailure(failure) if failure.is_timeout() => {
+            (RemoteErrorKind::Timeout, "could not connect to S3 in time")
+        }
+        _ => match credentials_error(&error) {
+            Some(
+                CredentialsError::CredentialsNotLoaded(_)
+                | CredentialsError::InvalidConfiguration(_),
+            ) => (
+                RemoteErrorKind::Misconfigured,
+                "no AWS credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, \
+                 or a role (instance, container or web identity)",
+            ),
+            Some(_) => (
+                RemoteErrorKind::Unavailable,
+                "the AWS credentials cannot be had just now",
+            ),
+            None => match &error {
+                SdkError::ConstructionFailure(_) => {
+                    (RemoteErrorKind::Misconfigured, "the request cannot be made")
+                }
+                SdkError::DispatchFailure(failure) if failure.is_user() => {
+                    (RemoteErrorKind::Misconfigured, "the request cannot be sent")
+                }
+                _ => (RemoteErrorKind::Unavailable, "no response from S3"),
+            },
+        },
+    };
+    let error_without_source = RemoteError::new(kind, op, detail);
+    match error.into_source() {
+        Ok(source) => error_without_source.with_source(source),
+        Err(error) => error_without_source.with_source(error.to_string()),
+    }
+}
+
+fn credentials_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a CredentialsError> {
+    std::iter::successors(Some(error), |&error| error.source())
+        .find_map(|error| error.downcast_ref::<CredentialsError>())
+}
+
+// === the body ===
+
+struct Body {
+    bytes: ByteStream,
+    left: u64,
+    stall_timeout: Duration,
+    op: &'static str,
+}
+
+/// Hands on exactly `len` bytes, in the frames they come in, or fails: [`RemoteErrorKind::Timeout`] after
+/// silence, [`RemoteErrorKind::Unavailable`] on a reset or an early end, [`RemoteErrorKind::Protocol`] on a byte too many.
+fn exact_body(
+    bytes: ByteStream,
+    len: u64,
+    stall_timeout: Duration,
+    op: &'static str,
+) -> BoxStream<'static, Result<Bytes, RemoteError>> {
+    let body = Body {
+        bytes,
+        left: len,
+        stall_timeout,
+        op,
+    };
+    stream::unfold(Some(body), |body| async move {
+        let mut body = body?;
+        match body.frame().await {
+            Ok(frame) => frame.map(|frame| (Ok(frame), Some(body))),
+            Err(error) => Some((Err(error), None)),
+        }
+    })
+    .boxed()
+}
+
+impl Body {
+    /// The next frame that is not empty; `None` at the end.
+    async fn frame(&mut self) -> Result<Option<Bytes>, RemoteError> {
+        loop {
+            let Ok(frame) = tokio::time::timeout(self.stall_timeout, self.bytes.next()).await
+            else {
+                let (stall, left) = (self.stall_timeout, self.left);
+                let detail = format!("no byte for {stall:?} with {left} bytes to come");
+                return Err(RemoteError::new(RemoteErrorKind::Timeout, self.op, detail));
+            };
+            match frame {
+                None if self.left == 0 => return Ok(None),
+                None => return Err(self.cut()),
+                Some(Err(error)) => return Err(self.cut().with_source(error)),
+                Some(Ok(frame)) if frame.is_empty() => {}
+                Some(Ok(frame)) => {
+                    self.left = self.left.checked_sub(frame.len() as u64).ok_or_else(|| {
+                        protocol(self.op, "the body is longer than the range it was sent for")
+                    })?;
+                    return Ok(Some(frame));
+                }
+            }
+        }
+    }
+
+    fn cut(&self) -> RemoteError {
+        let detail = format!("the body ended with {} bytes to come", self.left);
+        RemoteError::new(RemoteErrorKind::Unavailable, self.op, detail)
+    }
+}

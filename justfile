@@ -1,0 +1,26 @@
+# What a developer runs; CI (.ci/run) runs the same and more.
+
+# format, lint, test
+dev: fmt lint test
+
+fmt:
+    cargo fmt
+
+lint:
+    cargo fmt --check
+    cargo clippy --all-targets --locked -- -D warnings
+
+test:
+    cargo test --locked
+
+docs:
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked
+
+# the whole story on an embedded S3
+demo:
+    cargo run --release --locked -- demo
+
+# three replicas behind HAProxy on a real Garage, overwritten while clients download
+fleet *ARGS:
+    cargo build --release --locked
+    python3 scripts/fleet-test.py --pinrange target/release/pinrange {{ARGS}}

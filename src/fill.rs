@@ -1,0 +1,667 @@
+//! Fills: detached tasks that read missing blocks of a revision from the remote into the disk tier.
+//!
+//! One interval map holds, per revision, the stretches that are being fetched right now. A reader
+//! that misses bytes calls [`Filler::join`], which under one lock walks the stretch it wants:
+//!
+//! ```text
+//!   want            ├──────────────────────────────────────────┤
+//!   on disk              ██████
+//!   in flight                      ├──── A ────┤
+//!   join returns    ├ B ┤          ├──── A ────┤├───── C ───────┤     (B and C are new)
+//! ```
+//!
+//! so staggered and misaligned requests share every byte (P8, `tests/serve.rs::
+//! staggered_ranges_leave_the_remote_once`): a flight is never keyed by what somebody asked for. A flight is one
+//! guarded GET of at most a part, aligned to blocks. Its bytes go to the segment file first and
+//! everybody, the first asker too, sends behind the writer's cursor. No buffer lies between the
+//! two, so a stalled client holds neither memory nor a fill (P9).
+//!
+//! ```text
+//!           budget, room          head checked              last byte
+//!   Asked ───────────────▶ GET ───────────────▶ Answered ───────────────▶ Done
+//!     │                     │  ▲                    │
+//!     │                     │  └── reset: If-Match from the cursor on, within the retries
+//!     └─────────────────────┴───────────────────────┴──────────────▶ Failed
+//! ```
+//!
+//! **Cancellation.** A flight belongs to the server, not to a request: dropping a [`Follow`] never
+//! stops it. It ends at the end of its part, when its retries are used up, when it meets an error
+//! that a retry cannot mend, or when nobody follows it any more at the moment a retry would be due.
+//! [`Filler::shutdown`] drops the flights; completed blocks stay.
+
+use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes};
+use futures::StreamExt;
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::Instrument;
+
+use crate::disk::{
+    BlockWriter, DiskError, DiskTier, FileExtent, HeldRevision, Lookup, PurgeTarget, Reservation, WriterView,
+};
+use crate::object::{Representation, Revision};
+use crate::remote::{Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead};
+use crate::semantics::{ByteRange, RangeSpec};
+use crate::telemetry::Metrics;
+
+/// How fills behave.
+#[derive(Clone, Copy, Debug)]
+pub struct FillSettings {
+    /// Bytes: the most one GET asks for, give or take a block at each edge.
+    pub part_size: NonZeroU64,
+    /// Bytes that all flights together may be fetching.
+    pub budget: u64,
+}
+
+/// Where a flight reads, and how patient it is.
+#[derive(Clone)]
+pub struct FillSource {
+    /// What is fetched.
+    pub revision: Revision,
+    /// From where.
+    pub remote: Arc<dyn Remote>,
+    /// What is known of the revision; `None` before the first answer.
+    pub known: Option<Arc<Representation>>,
+    /// Attempts after the first that fails in a way a retry can mend.
+    pub retries: u32,
+}
+
+impl FillSource {
+    /// The guard for a read of this revision: `If-Match` always, the version where it is known.
+    pub fn guard(&self) -> Guard {
+        Guard {
+            key: self.revision.key.key().into(),
+            validator: self.revision.validator.clone(),
+            version_id: self.known.as_ref().and_then(|known| known.version_id.clone()),
+            size: self.known.as_ref().map(|known| known.size),
+        }
+    }
+}
+
+/// Why a flight did not deliver.
+#[derive(Clone, Debug, thiserror::Error)]
+#[expect(clippy::exhaustive_enums, reason = "closed: readers handle each")]
+pub enum FillError {
+    /// The remote refused, failed or lied.
+    #[error("the remote read failed")]
+    Remote(#[source] RemoteError),
+    /// The disk cannot take the bytes: go past it with a GET of one's own.
+    #[error("the disk tier cannot take the bytes")]
+    Disk(#[source] Arc<DiskError>),
+    /// The server is stopping, or the key was purged meanwhile.
+    #[error("the fill was called off")]
+    Stopped,
+}
+
+/// A half-open stretch of a revision whose size may not be known yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First byte.
+    pub start: u64,
+    /// One past the last byte; may lie beyond the end of the object while its size is unknown.
+    pub end: u64,
+}
+
+impl From<ByteRange> for Span {
+    fn from(range: ByteRange) -> Self {
+        Self { start: range.start(), end: range.end() }
+    }
+}
+
+/// How far a flight is. Published through a watch channel; the cursor moves inside
+/// [`WriterView`], and each move is announced by a change of the channel.
+#[derive(Clone)]
+enum Phase {
+    Asked,
+    Answered(Answered),
+    Done,
+    Failed(FillError),
+}
+
+/// What is known from the moment the remote's guarded answer has been checked.
+#[derive(Clone)]
+pub struct Answered {
+    /// The revision on disk.
+    pub held: Arc<HeldRevision>,
+    /// What has been written so far.
+    view: Arc<WriterView>,
+}
+
+struct Flight {
+    span: Span,
+    phase: watch::Sender<Phase>,
+    followers: AtomicUsize,
+    /// Set by a purge: what arrives from now on must not be kept.
+    purged: AtomicBool,
+    queued: AtomicU64,
+}
+
+/// A reader's hold on a flight. Dropping it lets go; the flight goes on to the end of its part.
+pub struct Follow {
+    flight: Arc<Flight>,
+    phase: watch::Receiver<Phase>,
+    metrics: Metrics,
+    /// Whether this flight was already under way when it was joined.
+    pub collapsed: bool,
+}
+
+impl Drop for Follow {
+    fn drop(&mut self) {
+        self.flight.followers.fetch_sub(1, Ordering::Relaxed);
+        self.metrics.followers(-1);
+    }
+}
+
+impl Follow {
+    fn new(flight: &Arc<Flight>, metrics: &Metrics, collapsed: bool) -> Self {
+        flight.followers.fetch_add(1, Ordering::Relaxed);
+        metrics.followers(1);
+        Self {
+            phase: flight.phase.subscribe(),
+            flight: Arc::clone(flight),
+            metrics: metrics.clone(),
+            collapsed,
+        }
+    }
+
+    /// What the flight fetches.
+    pub fn span(&self) -> Span {
+        self.flight.span
+    }
+
+    /// How long the flight waited for the byte budget before its GET.
+    pub fn queued(&self) -> Duration {
+        Duration::from_micros(self.flight.queued.load(Ordering::Relaxed))
+    }
+
+    /// Waits for the remote's guarded answer. `None`: the flight is over and its bytes are on
+    /// disk. Cancel safe.
+    pub async fn answered(&mut self) -> Result<Option<Answered>, FillError> {
+        let phase = self
+            .phase
+            .wait_for(|phase| !matches!(phase, Phase::Asked))
+            .await
+            .map_err(|_closed| FillError::Stopped)?;
+        match &*phase {
+            Phase::Answered(answered) => Ok(Some(answered.clone())),
+            Phase::Done | Phase::Asked => Ok(None),
+            Phase::Failed(error) => Err(error.clone()),
+        }
+    }
+
+    /// Waits for bytes at the start of `range`, which must lie in the span, and returns those that
+    /// are there, up to a segment's end. `None`: the flight is over; coverage has what it
+    /// fetched. Cancel safe.
+    pub async fn extent(&mut self, range: ByteRange) -> Result<Option<FileExtent>, FillError> {
+        loop {
+            match &*self.phase.borrow_and_update() {
+                Phase::Asked => {}
+                Phase::Answered(answered) => {
+                    if let Some(extent) = answered.view.extent(range) {
+                        return Ok(Some(extent));
+                    }
+                }
+                Phase::Done => return Ok(None),
+                Phase::Failed(error) => return Err(error.clone()),
+            }
+            self.phase.changed().await.map_err(|_closed| FillError::Stopped)?;
+        }
+    }
+}
+
+type Flights = BTreeMap<u64, Arc<Flight>>;
+
+/// Starts fills and hands out follows. One per replica.
+pub struct Filler {
+    disk: Arc<DiskTier>,
+    settings: FillSettings,
+    metrics: Metrics,
+    /// The interval maps. Taken on the cold path only, never across an await.
+    revisions: Mutex<HashMap<Revision, Flights>>,
+    budget: Semaphore,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Filler {
+    /// A filler over `disk`.
+    pub fn new(disk: Arc<DiskTier>, settings: FillSettings, metrics: Metrics) -> Arc<Self> {
+        let permits = usize::try_from(settings.budget / PERMIT).unwrap_or(usize::MAX);
+        Arc::new(Self {
+            disk,
+            budget: Semaphore::new(permits.clamp(1, Semaphore::MAX_PERMITS)),
+            settings,
+            metrics,
+            revisions: Mutex::default(),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        })
+    }
+
+    fn block(&self) -> NonZeroU64 {
+        NonZeroU64::new(self.disk.block_size()).expect("a checked configuration has no zero block")
+    }
+
+    /// The flights that together bring what `held` misses of `want`, in order; at most `most` of them.
+    /// Joins those under way and starts the others. Empty: nothing is missing.
+    ///
+    /// Without `held` the size may be unknown too; then a look into the tier's memory, under the lock,
+    /// tells whether the revision has arrived meanwhile.
+    pub fn join(
+        self: &Arc<Self>,
+        source: &FillSource,
+        held: Option<&HeldRevision>,
+        want: Span,
+        most: usize,
+    ) -> Vec<Follow> {
+        let block = self.block().get();
+        let mut follows = Vec::new();
+        let mut offset = want.start;
+        let mut revisions = self.revisions.lock();
+        let arrived = match self.disk.lookup(&source.revision) {
+            Lookup::Held(arrived) if held.is_none() => Some(arrived),
+            Lookup::Held(_) | Lookup::Unknown => None,
+        };
+        let held = held.or(arrived.as_deref());
+        let size = match (&source.known, held) {
+            (Some(known), _) => known.size,
+            (None, Some(held)) => held.representation().size,
+            (None, None) => u64::MAX,
+        };
+        let end = want.end.min(size);
+        let flights = revisions.entry(source.revision.clone()).or_default();
+        while offset < end && follows.len() < most {
+            let under_way = flights.range(..=offset).next_back().map(|(_, flight)| flight);
+            if let Some(flight) = under_way.filter(|flight| flight.span.end > offset) {
+                follows.push(Follow::new(flight, &self.metrics, true));
+                offset = flight.span.end;
+                continue;
+            }
+            // A flight covers its blocks before it leaves the map, and it leaves under this lock:
+            // what is neither in the map nor covered now is nobody's.
+            let gap = match (held, ByteRange::from_bounds(offset, end)) {
+                (_, None) => break,
+                (None, Some(rest)) => rest,
+                (Some(held), Some(rest)) => match held.first_missing(rest) {
+                    None => break,
+                    Some(gap) if gap.start() > offset => {
+                        offset = gap.start();
+                        continue;
+                    }
+                    Some(gap) => gap,
+                },
+            };
+            let next_flight = flights.range(offset..).next().map_or(u64::MAX, |(start, _)| *start);
+            let span = self.part_at(Span { start: offset, end: gap.end().min(next_flight) });
+            let span = Span { start: span.start, end: span.end.min(size) };
+            debug_assert!(span.start.is_multiple_of(block) && span.start <= offset);
+            let flight = self.launch(source.clone(), span, None);
+            follows.push(Follow::new(&flight, &self.metrics, false));
+            flights.insert(span.start, flight);
+            offset = span.end;
+        }
+        if flights.is_empty() {
+            revisions.remove(&source.revision);
+        }
+        follows
+    }
+
+    /// Follows the body of a read that labelled itself, filling the disk with it. `None` when
+    /// others are already fetching (some of) the same bytes or the disk has them: the body
+    /// is dropped and the caller joins like anybody else.
+    pub fn adopt(self: &Arc<Self>, source: &FillSource, read: RemoteRead) -> Option<Follow> {
+        let range = read.range?;
+        let block = self.block().get();
+        // A suffix read begins in the middle of a block; the part before the first whole one is
+        // not kept.
+        let span = Span { start: range.start().next_multiple_of(block), end: range.end() };
+        if span.start >= span.end {
+            return None;
+        }
+        let mut revisions = self.revisions.lock();
+        let flights = revisions.entry(source.revision.clone()).or_default();
+        let overlaps =
+            flights.range(..span.end).next_back().is_some_and(|(_, other)| other.span.end > span.start);
+        if overlaps {
+            return None;
+        }
+        let flight = self.launch(source.clone(), span, Some(read));
+        let follow = Follow::new(&flight, &self.metrics, false);
+        flights.insert(span.start, flight);
+        Some(follow)
+    }
+
+    /// Grows a gap to block boundaries and cuts it to a part. A gap that is a part long but
+    /// misaligned stays one GET: it may take a block more at each edge.
+    pub fn part_at(&self, gap: Span) -> Span {
+        let block = self.block().get();
+        let start = gap.start - gap.start % block;
+        let end = gap.end.checked_next_multiple_of(block).unwrap_or(gap.end);
+        let part = self.settings.part_size.get();
+        let end = if end - start <= part.saturating_add(2 * block) {
+            end
+        } else {
+            start.saturating_add(part)
+        };
+        Span { start, end }
+    }
+
+    /// Calls off what is being fetched for the keys that `matches` says: followers get
+    /// [`FillError::Stopped`] or the rest of what they follow, nothing of it is found again.
+    pub fn forget(&self, matches: impl Fn(&Revision) -> bool) {
+        self.revisions.lock().retain(|revision, flights| {
+            let forget = matches(revision);
+            if forget {
+                for flight in flights.values() {
+                    flight.purged.store(true, Ordering::Release);
+                }
+            }
+            !forget
+        });
+    }
+
+    /// Drops all flights and waits until they are gone. Completed blocks stay.
+    pub async fn shutdown(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn launch(
+        self: &Arc<Self>,
+        source: FillSource,
+        span: Span,
+        first: Option<RemoteRead>,
+    ) -> Arc<Flight> {
+        let flight = Arc::new(Flight {
+            span,
+            phase: watch::Sender::new(Phase::Asked),
+            followers: AtomicUsize::new(0),
+            purged: AtomicBool::new(false),
+            queued: AtomicU64::new(0),
+        });
+        let task = Task { filler: Arc::clone(self), source, flight: Arc::clone(&flight) };
+        let fill_span = tracing::debug_span!(
+            parent: None, "fill", key = task.source.revision.key.key(), start = span.start, end = span.end
+        );
+        fill_span.follows_from(tracing::Span::current());
+        self.metrics.fill_started();
+        self.tasks.spawn(task.run(first).instrument(fill_span));
+        flight
+    }
+
+    /// Takes the flight out of the map, unless a purge has, and tells the followers how it ended.
+    fn finish(&self, revision: &Revision, flight: &Arc<Flight>, end: Result<(), FillError>) {
+        {
+            let mut revisions = self.revisions.lock();
+            if let Some(flights) = revisions.get_mut(revision) {
+                if flights.get(&flight.span.start).is_some_and(|there| Arc::ptr_eq(there, flight)) {
+                    flights.remove(&flight.span.start);
+                }
+                if flights.is_empty() {
+                    revisions.remove(revision);
+                }
+            }
+        }
+        self.metrics.fill_finished(match &end {
+            Ok(()) => "done",
+            Err(FillError::Remote(error)) => error.kind.label(),
+            Err(FillError::Disk(_)) => "disk",
+            Err(FillError::Stopped) => "stopped",
+        });
+        flight.phase.send_replace(match end {
+            Ok(()) => Phase::Done,
+            Err(error) => Phase::Failed(error),
+        });
+    }
+}
+
+/// The budget is counted in units of this many bytes, because a semaphore's permits are 32 bits.
+const PERMIT: u64 = 64 * 1024;
+
+/// One flight's work.
+struct Task {
+    filler: Arc<Filler>,
+    source: FillSource,
+    flight: Arc<Flight>,
+}
+
+impl Task {
+    async fn run(self, first: Option<RemoteRead>) {
+        let end = tokio::select! {
+            biased;
+            () = self.filler.stop.cancelled() => Err(FillError::Stopped),
+            end = self.fetch(first) => end,
+        };
+        if let Err(error) = &end {
+            // The followers log what becomes of their requests; this is the fill's own story.
+            tracing::debug!(error = error as &dyn std::error::Error, "fill ended early");
+        }
+        self.filler.finish(&self.source.revision, &self.flight, end);
+    }
+
+    async fn fetch(&self, first: Option<RemoteRead>) -> Result<(), FillError> {
+        let span = self.flight.span;
+        let length = span.end - span.start;
+        let asked = Instant::now();
+        let permits = u32::try_from(length.div_ceil(PERMIT)).unwrap_or(u32::MAX);
+        let most = u32::try_from(self.filler.settings.budget / PERMIT).unwrap_or(u32::MAX).max(1);
+        let _permit = self
+            .filler
+            .budget
+            .acquire_many(permits.min(most))
+            .await
+            .map_err(|_closed| FillError::Stopped)?;
+        let queued = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.flight.queued.store(queued, Ordering::Relaxed);
+        let reservation = self.filler.disk.reserve(length).await.map_err(disk)?;
+
+        let mut retries = Retries::new(self.source.retries);
+        let mut guard = self.source.guard();
+        let mut first = first;
+        let (mut answered, mut writer, mut read) = loop {
+            let read = match first.take() {
+                Some(read) => Ok(read),
+                None => self.read(&guard, span).await,
+            };
+            match read {
+                Ok(read) => {
+                    let (answered, writer) = self.admit(&read.representation, reservation).await?;
+                    break (answered, writer, read);
+                }
+                Err(error) => retries.again(self, error).await?,
+            }
+        };
+        guard.version_id.clone_from(&read.representation.version_id);
+        guard.size = Some(read.representation.size);
+        let end = span.end.min(read.representation.size);
+
+        loop {
+            let error = match self.copy(&mut read, &mut writer, &mut answered, end).await? {
+                None => return Ok(()),
+                Some(error) => error,
+            };
+            // Resumed at the exact offset, under the same If-Match, inside the same responses.
+            let mut error = error;
+            read = loop {
+                retries.again(self, error).await?;
+                let rest = Span { start: answered.view.cursor(), end };
+                match self.read(&guard, rest).await {
+                    Ok(read) => break read,
+                    Err(again) => error = again,
+                }
+            };
+        }
+    }
+
+    async fn read(&self, guard: &Guard, span: Span) -> Result<RemoteRead, RemoteError> {
+        let want = RangeSpec::Closed { first: span.start, last: span.end - 1 };
+        timed_read(&self.filler.metrics, "read", self.source.remote.read(guard, want)).await
+    }
+
+    /// Registers the revision under the validator that came with these bytes (P2) and opens a writer.
+    async fn admit(
+        &self,
+        representation: &Representation,
+        reservation: Reservation,
+    ) -> Result<(Answered, BlockWriter), FillError> {
+        if self.flight.purged.load(Ordering::Acquire) {
+            return Err(FillError::Stopped);
+        }
+        let key = &self.source.revision.key;
+        let held = self.filler.disk.admit(key, representation).await.map_err(disk)?;
+        if self.flight.purged.load(Ordering::Acquire) {
+            // Purged between the look and the deed: undo.
+            let target = PurgeTarget::Key(key.clone());
+            self.filler.disk.purge(target).await.map_err(disk)?;
+            return Err(FillError::Stopped);
+        }
+        let span = self.flight.span;
+        let range = ByteRange::from_bounds(span.start, span.end.min(representation.size))
+            .ok_or_else(|| {
+                FillError::Remote(RemoteError::new(
+                    RemoteErrorKind::Unsatisfiable { size: Some(representation.size) },
+                    "read",
+                    "the object ends before the range",
+                ))
+            })?;
+        let writer = held.writer(range, reservation).await.map_err(disk)?;
+        let answered = Answered { held, view: writer.view() };
+        self.flight.phase.send_replace(Phase::Answered(answered.clone()));
+        Ok((answered, writer))
+    }
+
+    /// Body to disk until the end (`None`) or until the body breaks (why).
+    async fn copy(
+        &self,
+        read: &mut RemoteRead,
+        writer: &mut BlockWriter,
+        answered: &mut Answered,
+        end: u64,
+    ) -> Result<Option<RemoteError>, FillError> {
+        // Only a suffix read begins before the cursor.
+        let mut skip = read
+            .range
+            .map_or(0, |range| answered.view.cursor().saturating_sub(range.start()));
+        let mut body = (&mut read.body).ready_chunks(FRAMES_AT_ONCE);
+        while answered.view.cursor() < end {
+            let Some(frames) = body.next().await else {
+                return Ok(Some(RemoteError::new(
+                    RemoteErrorKind::Unavailable,
+                    "read",
+                    "the body ended before its range did",
+                )));
+            };
+            let mut broken = None;
+            let mut chunks: Vec<Bytes> = Vec::with_capacity(frames.len());
+            let mut received = 0;
+            for frame in frames {
+                match frame {
+                    Ok(mut bytes) => {
+                        received += bytes.len() as u64;
+                        let drop_now = skip.min(bytes.len() as u64);
+                        bytes.advance(usize::try_from(drop_now).expect("at most the frame's length"));
+                        skip -= drop_now;
+                        if !bytes.is_empty() {
+                            chunks.push(bytes);
+                        }
+                    }
+                    Err(error) => {
+                        broken = Some(error);
+                        break;
+                    }
+                }
+            }
+            self.filler.metrics.remote_bytes(received);
+            if !chunks.is_empty() {
+                writer.write(chunks).await.map_err(disk)?;
+                self.flight.phase.send_modify(|_cursor_moved| {});
+            }
+            if broken.is_some() {
+                return Ok(broken);
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Frames that are ready at once go to the disk in one write: a hop to the blocking pool costs more
+/// than writing a 16 KiB frame. 16 frames are at most a few hundred KiB of memory a flight.
+const FRAMES_AT_ONCE: usize = 16;
+
+fn disk(error: DiskError) -> FillError {
+    FillError::Disk(Arc::new(error))
+}
+
+/// Counts and times one call of a remote.
+pub async fn timed_read<T>(
+    metrics: &Metrics,
+    op: &'static str,
+    call: impl Future<Output = Result<T, RemoteError>>,
+) -> Result<T, RemoteError> {
+    let started = Instant::now();
+    let result = call.await;
+    let label = result.as_ref().map_or_else(|error| error.kind.label(), |_| "ok");
+    metrics.remote_request(op, label, started.elapsed());
+    result
+}
+
+/// What is left of a flight's patience.
+pub struct Retries {
+    left: u32,
+    pause: Duration,
+}
+
+impl Retries {
+    /// `left` more attempts.
+    pub fn new(left: u32) -> Self {
+        Self { left, pause: FIRST_PAUSE }
+    }
+
+    /// Waits before the next attempt, or says that there is none: the error cannot be mended by a
+    /// retry or the attempts are used up. Cancel safe.
+    pub async fn pause(&mut self, error: RemoteError) -> Result<(), RemoteError> {
+        if !error.kind.is_retryable() || self.left == 0 {
+            return Err(error);
+        }
+        self.left -= 1;
+        let asked_for = match error.kind {
+            RemoteErrorKind::Throttled { retry_after } => retry_after.unwrap_or_default(),
+            _ => Duration::ZERO,
+        };
+        tracing::debug!(error = &error as &dyn std::error::Error, left = self.left, "trying again");
+        // An S3 that asks for more than this gets its peace: the client is told to come back.
+        if asked_for > LONGEST_PAUSE {
+            return Err(error);
+        }
+        tokio::time::sleep(jittered(self.pause).max(asked_for)).await;
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        Ok(())
+    }
+
+    async fn again(&mut self, task: &Task, error: RemoteError) -> Result<(), FillError> {
+        if task.flight.followers.load(Ordering::Relaxed) == 0 {
+            return Err(FillError::Remote(error));
+        }
+        self.pause(error).await.map_err(FillError::Remote)
+    }
+}
+
+/// S3's own advice begins retries at some tens of milliseconds; a reset costs the client one first byte more.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// Beyond a second a client is better served by 503 and its own clock.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Between half and the whole of `pause`, so that the flights an outage cut do not return in step.
+fn jittered(pause: Duration) -> Duration {
+    use std::hash::{BuildHasher, RandomState};
+    let random = RandomState::new().hash_one(0_u8) % 1024;
+    pause / 2 + pause.mul_f64(0.5 * random as f64 / 1024.0)
+}

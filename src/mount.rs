@@ -1,0 +1,199 @@
+//! Mounts: which remote, and which key there, a request path names.
+//!
+//! A mount is a URL path prefix bound to a remote. The longest match on whole path segments wins. A path is
+//! split at its raw slashes first and each segment is percent-decoded by itself, so that `%2F` never
+//! moves a mount's boundary (P12); then the rest is the key.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use percent_encoding::percent_decode_str;
+
+use crate::object::ObjectKey;
+use crate::remote::Remote;
+
+/// S3's limit on a key, in bytes.
+const LONGEST_KEY: usize = 1024;
+
+/// What to make of S3's 403 on a read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "closed: the two readings of a 403")]
+pub enum ForbiddenAs {
+    /// Our credentials may not read it: 502.
+    BadGateway,
+    /// S3 says 403 for a missing key when we lack `s3:ListBucket`: 404.
+    NotFound,
+}
+
+/// A URL path prefix bound to a remote.
+pub struct Mount {
+    /// `/` or `/segment[/segment…]`, as configured.
+    pub path: String,
+    /// Prepended to every key.
+    pub prefix: String,
+    /// Where the objects are.
+    pub remote: Arc<dyn Remote>,
+    /// How far an unpinned answer may be behind the remote (P6).
+    pub fresh_for: Duration,
+    /// How long what is held may answer unpinned requests while the remote cannot be reached (P6).
+    pub stale_if_error: Duration,
+    /// What to make of a 403.
+    pub forbidden: ForbiddenAs,
+    /// Attempts after the first, for errors that a retry may mend.
+    pub retries: u32,
+}
+
+impl fmt::Debug for Mount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mount").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Mount {
+    /// The object that `rest` (decoded) names below this mount.
+    pub fn key(&self, rest: &str) -> ObjectKey {
+        let key = [self.prefix.as_str(), rest].concat();
+        ObjectKey::new(Arc::clone(self.remote.store()), key)
+    }
+}
+
+/// Why a path names no object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(clippy::exhaustive_enums, reason = "closed: each has one answer")]
+pub enum PathError {
+    /// No mount matches, or nothing stands behind the mount's path.
+    #[error("no mount serves this path")]
+    Unknown,
+    /// Not UTF-8 once decoded, or with a control character.
+    #[error("the path is not percent-encoded UTF-8 without control characters")]
+    Malformed,
+    /// A `.` or `..` segment: some server on the way may resolve it, and name a key outside the mount.
+    #[error("the path has a \".\" or \"..\" segment")]
+    DotSegment,
+    /// Longer than S3 allows.
+    #[error("the key is longer than {LONGEST_KEY} bytes")]
+    TooLong,
+}
+
+/// The mounts of a replica.
+#[derive(Debug)]
+pub struct Mounts {
+    /// Longest path first.
+    mounts: Vec<(Vec<String>, Arc<Mount>)>,
+}
+
+impl Mounts {
+    /// A table of `mounts`, whose paths must differ.
+    pub fn new(mounts: Vec<Mount>) -> Self {
+        let mut mounts: Vec<_> = mounts
+            .into_iter()
+            .map(|mount| (segments(&mount.path).map(str::to_owned).collect::<Vec<_>>(), Arc::new(mount)))
+            .collect();
+        mounts.sort_by_key(|(segments, _)| std::cmp::Reverse(segments.len()));
+        Self { mounts }
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Mount>> {
+        self.mounts.iter().map(|(_, mount)| mount)
+    }
+
+    /// The mount and the decoded key (without the mount's prefix) that the path of a request target names.
+    pub fn resolve(&self, path: &str) -> Result<(&Arc<Mount>, String), PathError> {
+        let (mount, key) = self.resolve_prefix(path)?;
+        if key.is_empty() { Err(PathError::Unknown) } else { Ok((mount, key)) }
+    }
+
+    /// As [`Mounts::resolve`], but a path that ends at the mount names every key of it.
+    pub fn resolve_prefix(&self, path: &str) -> Result<(&Arc<Mount>, String), PathError> {
+        let decoded = path
+            .strip_prefix('/')
+            .ok_or(PathError::Malformed)?
+            .split('/')
+            .map(|segment| {
+                let segment =
+                    percent_decode_str(segment).decode_utf8().map_err(|_| PathError::Malformed)?;
+                if segment.chars().any(char::is_control) {
+                    return Err(PathError::Malformed);
+                }
+                // Decoded slashes count here too: what S3 is sent has no trace of how it was written.
+                if segment.split('/').any(|part| part == "." || part == "..") {
+                    return Err(PathError::DotSegment);
+                }
+                Ok(segment)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        for (segments, mount) in &self.mounts {
+            if decoded.len() > segments.len()
+                && decoded.iter().zip(segments).all(|(there, here)| there == here)
+            {
+                let key = decoded[segments.len()..].join("/");
+                if mount.prefix.len() + key.len() > LONGEST_KEY {
+                    return Err(PathError::TooLong);
+                }
+                return Ok((mount, key));
+            }
+        }
+        Err(PathError::Unknown)
+    }
+}
+
+fn segments(path: &str) -> impl Iterator<Item = &str> {
+    path.split('/').filter(|segment| !segment.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::remote::memory::MemoryRemote;
+
+    fn mounts(paths: &[&str]) -> Mounts {
+        Mounts::new(
+            paths
+                .iter()
+                .map(|path| Mount {
+                    path: (*path).to_owned(),
+                    prefix: "p/".to_owned(),
+                    remote: Arc::new(MemoryRemote::new("store")),
+                    fresh_for: Duration::from_secs(2),
+                    stale_if_error: Duration::from_secs(300),
+                    forbidden: ForbiddenAs::BadGateway,
+                    retries: 0,
+                })
+                .collect(),
+        )
+    }
+
+    fn resolve(mounts: &Mounts, path: &str) -> Result<(String, String), PathError> {
+        mounts.resolve(path).map(|(mount, key)| (mount.path.clone(), key))
+    }
+
+    #[test]
+    fn the_longest_match_on_whole_segments_wins() {
+        let mounts = mounts(&["/a", "/a/b", "/"]);
+        let ok = |mount: &str, key: &str| Ok((mount.to_owned(), key.to_owned()));
+        assert_eq!(resolve(&mounts, "/a/b/c"), ok("/a/b", "c"));
+        assert_eq!(resolve(&mounts, "/a/bc"), ok("/a", "bc"));
+        assert_eq!(resolve(&mounts, "/ab/c"), ok("/", "ab/c"));
+        assert_eq!(resolve(&mounts, "/a/x%20y"), ok("/a", "x y"));
+        assert_eq!(resolve(&mounts, "/%61/x"), ok("/a", "x"), "an equivalent spelling");
+        assert_eq!(resolve(&mounts, "/a//x/"), ok("/a", "/x/"), "empty segments are part of the key");
+    }
+
+    #[test]
+    fn nothing_names_a_key_outside_its_mount() {
+        let mounts = mounts(&["/a"]);
+        for path in ["/a/..", "/a/../b", "/a/%2e%2e/b", "/a/x%2f..%2fy", "/a/.", "/a/%2E/x"] {
+            assert_eq!(resolve(&mounts, path), Err(PathError::DotSegment), "{path}");
+        }
+        assert_eq!(resolve(&mounts, "/a%2fb"), Err(PathError::Unknown), "%2F moves no boundary");
+        assert_eq!(resolve(&mounts, "/a/%00"), Err(PathError::Malformed));
+        assert_eq!(resolve(&mounts, "/a/%ff"), Err(PathError::Malformed));
+        assert_eq!(resolve(&mounts, "/a"), Err(PathError::Unknown));
+        assert_eq!(resolve(&mounts, "/a/"), Err(PathError::Unknown));
+        assert_eq!(resolve(&mounts, "*"), Err(PathError::Malformed));
+        let long = format!("/a/{}", "k".repeat(1023));
+        assert_eq!(resolve(&mounts, &long), Err(PathError::TooLong), "the prefix counts");
+    }
+}

@@ -1,0 +1,291 @@
+//! One request: from its head to the tiers, and from their answer to a response.
+//!
+//! ```text
+//!  Request ─▶ method, path, query, fields ─▶ Tiers::open ─▶ respond ─▶ Response
+//!                   │ no                         │ refusal                │ body ends
+//!                   └──────▶ respond::rejected   └─▶ respond::refused     └─▶ one line, metrics
+//! ```
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::header::{CACHE_CONTROL, HeaderMap, HeaderName, HeaderValue, VIA};
+use http::{Request, Response};
+use tracing::{Instrument, Span, field};
+
+use super::body::{BodyEnd, BodyObserver, ResponseBody};
+use super::io::SendQueue;
+use super::respond::{self, Rejected};
+use crate::mount::Mounts;
+use crate::object::Validator;
+use crate::semantics::precondition::Method;
+use crate::semantics::{EntityTagList, RequestHead, Verdict};
+use crate::telemetry::Metrics;
+use crate::tiers::{Get, Opened, Refusal, Tiers, Trace};
+
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACEPARENT: &str = "traceparent";
+
+/// Query parameters that S3 gives a meaning on a read. All else in a query is ignored.
+const S3_PARAMETERS: &[&str] = &[
+    "acl", "attributes", "awsaccesskeyid", "expires", "legal-hold", "list-type", "location",
+    "partnumber", "retention", "select", "signature", "tagging", "torrent", "uploadid", "uploads",
+    "versionid", "versions",
+];
+const S3_PREFIXES: &[&str] = &["response-", "x-amz-", "x-id"];
+
+/// Answers the requests of the data listener.
+pub struct Handler {
+    mounts: Arc<Mounts>,
+    tiers: Arc<Tiers>,
+    metrics: Metrics,
+    random: RandomState,
+}
+
+impl Handler {
+    /// A handler over these mounts.
+    pub fn new(mounts: Arc<Mounts>, tiers: Arc<Tiers>, metrics: Metrics) -> Self {
+        Self { mounts, tiers, metrics, random: RandomState::new() }
+    }
+
+    /// Answers one request. The request's content is not read.
+    pub async fn handle<B>(&self, request: Request<B>, queue: &SendQueue) -> Response<ResponseBody> {
+        let (request, _content) = request.into_parts();
+        let started = Instant::now();
+        let id = self.request_id(&request.headers);
+        let span = tracing::info_span!(
+            "request",
+            id = id.to_str().unwrap_or_default(),
+            method = request.method.as_str(),
+            path = request.uri.path(),
+            pin = field::Empty,
+            range = field::Empty,
+            trace = field::Empty,
+            verdict = field::Empty,
+            tier = field::Empty,
+        );
+        let mut response = self.answer(&request, started, queue).instrument(span).await;
+        response.headers_mut().insert(X_REQUEST_ID, id);
+        response.headers_mut().insert(VIA, HeaderValue::from_static("1.1 pinrange"));
+        response
+    }
+
+    async fn answer(
+        &self,
+        request: &http::request::Parts,
+        started: Instant,
+        queue: &SendQueue,
+    ) -> Response<ResponseBody> {
+        let mut end = RequestEnd {
+            metrics: self.metrics.clone(),
+            span: Span::current(),
+            verdict: "rejected",
+            tier: "none",
+            started,
+            first_byte: Duration::ZERO,
+            open: false,
+        };
+        let (mount, key, head) = match self.read(request) {
+            Ok(read) => read,
+            Err(rejected) => {
+                let response = respond::rejected(&rejected);
+                end.over(0);
+                return response;
+            }
+        };
+        describe(&end.span, request, &head);
+        let get = Get { mount, key: &key, head: &head, no_cache: no_cache(&request.headers) };
+        match self.tiers.open(&get).await {
+            Ok(opened) => {
+                end.verdict = verdict(&opened);
+                end.tier = tier(&opened.trace);
+                end.first_byte = started.elapsed();
+                end.open = opened.reader.is_some();
+                if end.open {
+                    self.metrics.open_responses(1);
+                }
+                let (response, over) = respond::opened(opened, head.method, queue, end);
+                if let Some(end) = over {
+                    end.over(response.body().remaining());
+                }
+                response
+            }
+            Err(refusal) => {
+                let pin = head.single_pin().and_then(Validator::from_pin);
+                let response = respond::refused(&refusal, pin.as_ref());
+                end.verdict = match refusal {
+                    Refusal::PinLost { .. } => "pin_lost",
+                    Refusal::NotFound => "not_found",
+                    Refusal::Unavailable { .. } => "unavailable",
+                    Refusal::TimedOut { .. } => "timed_out",
+                    Refusal::BadGateway { .. } => "bad_gateway",
+                };
+                end.tier = "remote";
+                end.over(response.body().remaining());
+                response
+            }
+        }
+    }
+
+    /// What the request asks for.
+    fn read(
+        &self,
+        request: &http::request::Parts,
+    ) -> Result<(&Arc<crate::mount::Mount>, String, RequestHead), Rejected> {
+        let method = match request.method {
+            http::Method::GET => Method::Get,
+            http::Method::HEAD => Method::Head,
+            _ => return Err(Rejected::Method),
+        };
+        let (mount, key) = self.mounts.resolve(request.uri.path()).map_err(Rejected::Path)?;
+        if let Some(query) = request.uri.query() {
+            refuse_s3_parameters(query)?;
+        }
+        let head = RequestHead::from_headers(method, &request.headers)
+            .map_err(|error| Rejected::Field(error.to_string()))?;
+        Ok((mount, key, head))
+    }
+
+    /// The client's id if it is sane, else one of ours.
+    fn request_id(&self, headers: &HeaderMap) -> HeaderValue {
+        let sane = |id: &&HeaderValue| {
+            let id = id.as_bytes();
+            (1..=128).contains(&id.len())
+                && id.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte))
+        };
+        headers.get(X_REQUEST_ID).filter(sane).cloned().unwrap_or_else(|| {
+            let random = self.random.hash_one((Instant::now(), std::thread::current().id()));
+            HeaderValue::from_str(&format!("{random:016x}")).expect("hexadecimal digits are a field value")
+        })
+    }
+}
+
+fn refuse_s3_parameters(query: &str) -> Result<(), Rejected> {
+    for pair in query.split('&') {
+        let name = pair.split_once('=').map_or(pair, |(name, _)| name);
+        let decoded = percent_encoding::percent_decode_str(name).decode_utf8_lossy();
+        let lower = decoded.to_ascii_lowercase();
+        if S3_PARAMETERS.contains(&lower.as_str())
+            || S3_PREFIXES.iter().any(|prefix| lower.starts_with(prefix))
+        {
+            return Err(Rejected::Query(decoded.into_owned()));
+        }
+    }
+    Ok(())
+}
+
+/// `no-cache` among the request's `Cache-Control` directives.
+fn no_cache(headers: &HeaderMap) -> bool {
+    headers
+        .get_all(CACHE_CONTROL)
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .any(|directive| directive.trim_ascii().eq_ignore_ascii_case(b"no-cache"))
+}
+
+fn describe(span: &Span, request: &http::request::Parts, head: &RequestHead) {
+    if span.is_disabled() {
+        return;
+    }
+    let pin = match &head.if_match {
+        None => "none",
+        Some(EntityTagList::Any) => "any",
+        Some(EntityTagList::Tags(_)) if head.single_pin().is_some() => "one",
+        Some(EntityTagList::Tags(_)) => "list",
+    };
+    span.record("pin", pin);
+    let text = |name: &str| request.headers.get(name).and_then(|value| value.to_str().ok());
+    if let Some(range) = text("range") {
+        span.record("range", range);
+    }
+    if let Some(trace) = text(TRACEPARENT).filter(|value| is_traceparent(value)) {
+        span.record("trace", trace);
+    }
+}
+
+/// W3C Trace Context §3.2: version, trace id, parent id and flags in lower-case hexadecimal.
+fn is_traceparent(value: &str) -> bool {
+    let lengths = [2, 32, 16, 2];
+    let fields: Vec<_> = value.split('-').collect();
+    fields.len() == lengths.len()
+        && fields.iter().zip(lengths).all(|(field, length)| {
+            field.len() == length
+                && field.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+        })
+}
+
+fn verdict(opened: &Opened) -> &'static str {
+    match opened.verdict {
+        Verdict::Full => "full",
+        Verdict::Partial(_) => "partial",
+        Verdict::NotModified => "not_modified",
+        Verdict::PreconditionFailed => "precondition_failed",
+        Verdict::Unsatisfiable => "unsatisfiable",
+    }
+}
+
+fn tier(trace: &Trace) -> &'static str {
+    if trace.stale {
+        "stale"
+    } else if trace.forwarded.is_some() {
+        "remote"
+    } else {
+        "disk"
+    }
+}
+
+/// Writes the request's one line and counts it, when its last byte is gone or given up.
+struct RequestEnd {
+    metrics: Metrics,
+    span: Span,
+    verdict: &'static str,
+    tier: &'static str,
+    started: Instant,
+    first_byte: Duration,
+    /// Counted among the open responses.
+    open: bool,
+}
+
+impl RequestEnd {
+    fn over(mut self, bytes: u64) {
+        self.first_byte = self.started.elapsed();
+        self.write(bytes, None);
+    }
+
+    fn write(&self, bytes: u64, aborted: Option<&'static str>) {
+        let total = self.started.elapsed();
+        self.metrics.request(self.verdict, self.tier, self.first_byte, total);
+        let _in_span = self.span.enter();
+        tracing::info!(
+            verdict = self.verdict,
+            tier = self.tier,
+            bytes,
+            ttfb_us = u64::try_from(self.first_byte.as_micros()).unwrap_or(u64::MAX),
+            total_us = u64::try_from(total.as_micros()).unwrap_or(u64::MAX),
+            aborted,
+            "request"
+        );
+    }
+}
+
+impl BodyObserver for RequestEnd {
+    fn on_end(&mut self, end: BodyEnd) {
+        if self.open {
+            self.metrics.open_responses(-1);
+        }
+        let bytes = end.from_files + end.from_memory;
+        self.metrics.sent_bytes(self.tier, bytes);
+        if let Some(abort) = &end.abort {
+            self.metrics.aborted(abort.reason);
+            if let Some(error) = &abort.error {
+                let _in_span = self.span.enter();
+                tracing::warn!(
+                    error = error as &dyn std::error::Error,
+                    "the response was cut after its head"
+                );
+            }
+        }
+        self.write(bytes, end.abort.map(|abort| abort.reason));
+    }
+}

@@ -1,0 +1,823 @@
+//! The decision: which tier answers, and what a mismatch means.
+//!
+//! ```text
+//!            ┌ pinned to one tag ─▶ disk holds it over the range? ──yes──▶ disk, nobody is asked (P5)
+//!  request ──┤                                │ no
+//!            │                                ▼
+//!            │                       guarded read / HEAD ─────▶ settle ─▶ 206, 412, 404, 503, …
+//!            │
+//!            └ anything else ──────▶ what is current? fresh: known │ stale: ask, once for all who wait
+//!                                             │
+//!                                             ▼
+//!                                    evaluate, then as if pinned to it;
+//!                                    a mismatch now means «ask again», not 412
+//! ```
+//!
+//! [`settle`] is the table of DESIGN.md §3 as a pure function: an outage outranks 412 and 404 (P4).
+//! [`Tiers::open`] walks it. What it returns has had its hold-back (P3): the first bytes are there, and
+//! where the disk holds the start but not all, the remote has answered for the first missing
+//! stretch. The bytes themselves come through a [`Reader`].
+//!
+//! **Cancellation.** Dropping [`Tiers::open`]'s future or a [`Reader`] stops nothing that others
+//! share: fills are detached, a label that is being asked for is asked again by the next in line.
+
+mod current;
+mod reader;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tracing::Instrument;
+
+use crate::disk::{DiskError, DiskTier, HeldRevision, Lookup, PurgeTarget, Purged};
+use crate::fill::{FillError, FillSource, Filler, Retries, Span, timed_read};
+use crate::mount::{ForbiddenAs, Mount};
+use crate::object::{ObjectKey, Representation, Revision, Validator};
+use crate::remote::{Remote, RemoteError, RemoteErrorKind};
+use crate::semantics::precondition::Method;
+use crate::semantics::{ByteRange, EntityTag, EntityTagList, RangeSpec, RequestHead, Verdict, evaluate};
+use crate::telemetry::Metrics;
+
+use current::Keys;
+pub use reader::Reader;
+
+/// What the disk has of the bytes that are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "closed: input of a total function")]
+pub enum OnDisk {
+    /// All of them, under the pinned validator.
+    Whole,
+    /// Part of them or nothing.
+    Lacking,
+}
+
+/// What the remote says of the pinned revision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "closed: input of a total function")]
+pub enum RemoteSays {
+    /// It has not been asked.
+    Unasked,
+    /// It holds that revision.
+    Same,
+    /// It holds another.
+    Other,
+    /// It holds none.
+    Absent,
+    /// It cannot be reached, throttles or fails, after retries.
+    Down,
+    /// It does not answer in time.
+    Slow,
+    /// Its answer contradicts itself or us.
+    Lies,
+    /// It denies us the read.
+    Denied,
+    /// The bucket is missing or the credentials are wrong.
+    Misconfigured,
+}
+
+impl RemoteSays {
+    fn of(kind: &RemoteErrorKind) -> Self {
+        match kind {
+            RemoteErrorKind::Mismatch => Self::Other,
+            RemoteErrorKind::Absent => Self::Absent,
+            RemoteErrorKind::Throttled { .. } | RemoteErrorKind::Unavailable => Self::Down,
+            RemoteErrorKind::Timeout => Self::Slow,
+            // Unsatisfiable is taken care of where a range is asked for; here it contradicts us.
+            RemoteErrorKind::Protocol | RemoteErrorKind::Unsatisfiable { .. } => Self::Lies,
+            RemoteErrorKind::Forbidden => Self::Denied,
+            RemoteErrorKind::Misconfigured => Self::Misconfigured,
+        }
+    }
+}
+
+/// What to do for a pinned request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "closed: output of a total function")]
+pub enum Outcome {
+    /// Serve what the disk holds.
+    FromDisk,
+    /// Ask the remote, then settle again.
+    AskRemote,
+    /// Serve, fetching what the disk lacks.
+    Serve,
+    /// 412.
+    PinLost,
+    /// 404.
+    NotFound,
+    /// 503.
+    Unavailable,
+    /// 504.
+    TimedOut,
+    /// 502.
+    BadGateway,
+}
+
+/// The table of DESIGN.md §3. `ask_first`: the request said `no-cache`, so the disk alone may not
+/// answer, not even during an outage.
+pub fn settle(disk: OnDisk, remote: RemoteSays, ask_first: bool, denied: ForbiddenAs) -> Outcome {
+    match remote {
+        RemoteSays::Unasked if disk == OnDisk::Whole && !ask_first => Outcome::FromDisk,
+        RemoteSays::Unasked => Outcome::AskRemote,
+        RemoteSays::Same => Outcome::Serve,
+        RemoteSays::Other => Outcome::PinLost,
+        RemoteSays::Absent => Outcome::NotFound,
+        RemoteSays::Down => Outcome::Unavailable,
+        RemoteSays::Slow => Outcome::TimedOut,
+        RemoteSays::Lies | RemoteSays::Misconfigured => Outcome::BadGateway,
+        RemoteSays::Denied => match denied {
+            ForbiddenAs::BadGateway => Outcome::BadGateway,
+            ForbiddenAs::NotFound => Outcome::NotFound,
+        },
+    }
+}
+
+/// A request that is not answered with the object.
+#[derive(Clone, Debug)]
+#[expect(clippy::exhaustive_enums, reason = "closed: respond gives each a status")]
+pub enum Refusal {
+    /// No tier holds the pinned revision, and every tier could be asked.
+    PinLost {
+        /// What is current, where that is known.
+        current: Option<Validator>,
+    },
+    /// The remote says there is no such object.
+    NotFound,
+    /// An outage: come back.
+    Unavailable {
+        /// When.
+        retry_after: Duration,
+        /// For the log.
+        cause: Arc<dyn std::error::Error + Send + Sync>,
+    },
+    /// The remote did not answer in time.
+    TimedOut {
+        /// For the log.
+        cause: Arc<dyn std::error::Error + Send + Sync>,
+    },
+    /// The remote lies or denies us.
+    BadGateway {
+        /// For the log.
+        cause: Arc<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// What became of a request on its way through the tiers, for `Cache-Status`, `Server-Timing`, the
+/// log and the metrics.
+#[derive(Clone, Debug, Default)]
+pub struct Trace {
+    /// Why the remote was asked; `None`: a hit.
+    pub forwarded: Option<Forwarded>,
+    /// All the fetching was shared with others.
+    pub collapsed: bool,
+    /// What was fetched goes to the disk.
+    pub stored: bool,
+    /// Answered from what is held because the remote could not be asked.
+    pub stale: bool,
+    /// The remote said that what is held is still current.
+    pub confirmed: bool,
+    /// Waited for the byte budget of the fills.
+    pub queued: Duration,
+    /// Waited for the remote, until its first byte.
+    pub remote: Duration,
+    /// Spent in the disk tier.
+    pub disk: Duration,
+}
+
+/// RFC 9211 `fwd`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "closed: RFC 9211 §2.2, as far as it is used")]
+pub enum Forwarded {
+    /// Nothing of it was held.
+    Miss,
+    /// Part of it was held.
+    Partial,
+    /// What was held had to be revalidated.
+    Stale,
+    /// The request asked for it (`no-cache`).
+    Request,
+}
+
+/// A request that can be answered with the object.
+pub struct Opened {
+    /// What is answered with.
+    pub representation: Arc<Representation>,
+    /// What [`evaluate`] said: decides the status.
+    pub verdict: Verdict,
+    /// Where a body's bytes come from; `None` where there is no body.
+    pub reader: Option<Reader>,
+    /// How it came about.
+    pub trace: Trace,
+}
+
+/// One request for one object.
+pub struct Get<'a> {
+    /// Which mount.
+    pub mount: &'a Arc<Mount>,
+    /// The decoded key, without the mount's prefix.
+    pub key: &'a str,
+    /// Method, conditions, ranges.
+    pub head: &'a RequestHead,
+    /// `Cache-Control: no-cache`: ask the remote first.
+    pub no_cache: bool,
+}
+
+/// How the tiers behave.
+#[derive(Clone, Copy, Debug)]
+pub struct TierSettings {
+    /// Parallel reads that one response keeps going.
+    pub fan_out: usize,
+    /// Bytes: the most one GET asks for.
+    pub part_size: u64,
+}
+
+/// Disk, then remote. One per replica.
+pub struct Tiers {
+    disk: Arc<DiskTier>,
+    filler: Arc<Filler>,
+    settings: TierSettings,
+    metrics: Metrics,
+    keys: Keys,
+    /// Counts purges: a label that was asked for before one is not kept after it.
+    purges: AtomicU64,
+}
+
+/// The object of a request: what every step below needs.
+struct Target<'a> {
+    key: ObjectKey,
+    get: &'a Get<'a>,
+}
+
+impl Target<'_> {
+    fn source(&self, validator: Validator, known: Option<Arc<Representation>>) -> FillSource {
+        FillSource {
+            revision: Revision { key: self.key.clone(), validator },
+            remote: Arc::clone(&self.get.mount.remote),
+            known,
+            retries: self.get.mount.retries,
+        }
+    }
+
+    fn remote(&self) -> &dyn Remote {
+        &*self.get.mount.remote
+    }
+}
+
+/// How often an unpinned request starts again because the object changed between the label and the bytes.
+const RELABELS: usize = 5;
+
+impl Tiers {
+    /// Tiers over these parts.
+    pub fn new(
+        disk: Arc<DiskTier>,
+        filler: Arc<Filler>,
+        settings: TierSettings,
+        metrics: Metrics,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            disk,
+            filler,
+            settings,
+            metrics,
+            keys: Keys::default(),
+            purges: AtomicU64::new(0),
+        })
+    }
+
+    /// Answers one request, as far as its first byte.
+    pub async fn open(self: &Arc<Self>, get: &Get<'_>) -> Result<Opened, Refusal> {
+        let target = Target { key: get.mount.key(get.key), get };
+        if let Some(pin) = get.head.single_pin().and_then(Validator::from_pin) {
+            return self.open_pinned(&target, pin).await;
+        }
+        if let Some(opened) = self.open_listed(&target).await {
+            return Ok(opened);
+        }
+        let mut relabels = 0;
+        loop {
+            let current = self.current(&target).await?;
+            let label = current.representation.validator.clone();
+            match self.serve(&target, current.representation, current.held, current.trace).await {
+                Ok(opened) => return Ok(opened),
+                Err(error) => {
+                    if let Some(RemoteErrorKind::Mismatch) = error.remote_kind() {
+                        // It was replaced between the label and the bytes.
+                        self.keys.distrust(&target.key, &label);
+                        relabels += 1;
+                        if relabels < RELABELS {
+                            continue;
+                        }
+                        return Err(Refusal::Unavailable {
+                            retry_after: Duration::from_secs(1),
+                            cause: Arc::new(error),
+                        });
+                    }
+                    return Err(self.refuse(&target, error));
+                }
+            }
+        }
+    }
+
+    /// A pin to one revision. Nothing is ever asked that the disk can answer.
+    async fn open_pinned(&self, target: &Target<'_>, pin: Validator) -> Result<Opened, Refusal> {
+        let started = Instant::now();
+        let head = target.get.head;
+        let source = target.source(pin.clone(), None);
+        let held = self.held(&source.revision).await;
+        let mut trace = Trace { disk: started.elapsed(), ..Trace::default() };
+
+        if let Some(held) = &held {
+            let representation = held.representation();
+            let verdict = evaluate(head, &representation.metadata());
+            let on_disk = if covers(held, &verdict, head.method) {
+                OnDisk::Whole
+            } else {
+                trace.forwarded = Some(Forwarded::Partial);
+                OnDisk::Lacking
+            };
+            let outcome =
+                settle(on_disk, RemoteSays::Unasked, target.get.no_cache, target.get.mount.forbidden);
+            if outcome == Outcome::FromDisk {
+                return self
+                    .serve(target, representation, Some(Arc::clone(held)), trace)
+                    .await
+                    .map_err(|error| self.refuse(target, error));
+            }
+        }
+
+        if target.get.no_cache {
+            trace.forwarded = Some(Forwarded::Request);
+        } else if trace.forwarded.is_none() {
+            trace.forwarded = Some(Forwarded::Miss);
+        }
+        let asked = self.ask_pinned(target, &source, held, &mut trace).await;
+        let answer = match asked {
+            Ok((representation, held)) => self.serve(target, representation, held, trace).await,
+            Err(error) => Err(error),
+        };
+        answer.map_err(|error| self.refuse(target, error))
+    }
+
+    /// Learns from the remote what a pinned request needs before it can be evaluated: with HEAD or
+    /// `no-cache` whether the revision is (still) there, else the revision's metadata, by the first
+    /// guarded read itself.
+    async fn ask_pinned(
+        &self,
+        target: &Target<'_>,
+        source: &FillSource,
+        held: Option<Arc<HeldRevision>>,
+        trace: &mut Trace,
+    ) -> Result<(Arc<Representation>, Option<Arc<HeldRevision>>), OpenError> {
+        let started = Instant::now();
+        let head = target.get.head;
+        let result = match held {
+            Some(held) if head.method == Method::Get && !target.get.no_cache => {
+                // `serve` reads what is missing, guarded.
+                Ok((held.representation(), Some(held)))
+            }
+            held if head.method == Method::Head || held.is_some() => {
+                let representation = Arc::new(self.stat_pinned(target, source, held.as_deref()).await?);
+                if let Some(held) = &held {
+                    held.update_representation(Arc::clone(&representation));
+                }
+                Ok((representation, held))
+            }
+            _ => self.first_guarded_read(target, source).await,
+        };
+        trace.remote += started.elapsed();
+        result
+    }
+
+    async fn stat_pinned(
+        &self,
+        target: &Target<'_>,
+        source: &FillSource,
+        held: Option<&HeldRevision>,
+    ) -> Result<Representation, OpenError> {
+        let pin = &source.revision.validator;
+        let known = held.map(HeldRevision::representation);
+        if let Some(known) = known.filter(|known| known.version_id.is_some() && known.size > 0) {
+            // HEAD asks for the current version; what a GET could deliver is the one we know.
+            let guard = FillSource { known: Some(known), ..source.clone() }.guard();
+            let want = RangeSpec::Closed { first: 0, last: 0 };
+            let read =
+                self.retrying(target, "read", || target.remote().read(&guard, want)).await?;
+            return Ok(read.representation);
+        }
+        let key = target.key.key();
+        self.retrying(target, "stat", || target.remote().stat(key, Some(pin))).await
+    }
+
+    /// The first read of a revision of which nothing is known but its validator. It is a fill like any
+    /// other; its answer says how long the object is.
+    async fn first_guarded_read(
+        &self,
+        target: &Target<'_>,
+        source: &FillSource,
+    ) -> Result<(Arc<Representation>, Option<Arc<HeldRevision>>), OpenError> {
+        let answered = match self.first_want(target.get.head) {
+            FirstWant::Span(span) => {
+                let mut follows = self.filler.join(source, None, span, 1);
+                match follows.first_mut() {
+                    Some(follow) => match follow.answered().await {
+                        Ok(Some(answered)) => Ok(answered.held),
+                        // Done already: the tier has it.
+                        Ok(None) => {
+                            return self.known_or_gone(source).await;
+                        }
+                        Err(error) => Err(error),
+                    },
+                    None => return self.known_or_gone(source).await,
+                }
+            }
+            FirstWant::Suffix(length) => {
+                let guard = source.guard();
+                let want = RangeSpec::Suffix(length);
+                let state = self.keys.of(&target.key);
+                let _turn = state.turn().await;
+                if let Some(held) = self.held(&source.revision).await {
+                    return Ok((held.representation(), Some(held)));
+                }
+                match self.retrying(target, "read", || target.remote().read(&guard, want)).await {
+                    Ok(read) => {
+                        let known = Arc::new(read.representation.clone());
+                        let source = FillSource { known: Some(Arc::clone(&known)), ..source.clone() };
+                        let follow = self.filler.adopt(&source, read);
+                        let held = match follow {
+                            Some(mut follow) => follow.answered().await.ok().flatten(),
+                            None => None,
+                        };
+                        return Ok((known, held.map(|answered| answered.held)));
+                    }
+                    Err(OpenError::Remote(error)) => Err(FillError::Remote(error)),
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        match answered {
+            Ok(held) => Ok((held.representation(), Some(held))),
+            Err(FillError::Remote(error))
+                if matches!(error.kind, RemoteErrorKind::Unsatisfiable { .. }) =>
+            {
+                // The range begins beyond the end. Only metadata is needed to say so properly.
+                let stat = self.stat_pinned(target, source, None).await?;
+                Ok((Arc::new(stat), None))
+            }
+            Err(FillError::Disk(_)) => {
+                // The disk is of no help; one request more for the metadata, then past it.
+                let stat = self.stat_pinned(target, source, None).await?;
+                Ok((Arc::new(stat), None))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn known_or_gone(
+        &self,
+        source: &FillSource,
+    ) -> Result<(Arc<Representation>, Option<Arc<HeldRevision>>), OpenError> {
+        let held = self.held(&source.revision).await.ok_or(FillError::Stopped)?;
+        Ok((held.representation(), Some(held)))
+    }
+
+    /// `If-Match` with several tags: a held one that covers the range answers without asking
+    /// anybody. Else the request is judged by what is current.
+    async fn open_listed(&self, target: &Target<'_>) -> Option<Opened> {
+        let Some(EntityTagList::Tags(tags)) = &target.get.head.if_match else { return None };
+        if target.get.no_cache {
+            return None;
+        }
+        for pin in tags.iter().filter_map(Validator::from_pin) {
+            let revision = Revision { key: target.key.clone(), validator: pin };
+            let Some(held) = self.held(&revision).await else { continue };
+            let representation = held.representation();
+            let verdict = evaluate(target.get.head, &representation.metadata());
+            if covers(&held, &verdict, target.get.head.method)
+                && let Ok(opened) =
+                    self.serve(target, representation, Some(held), Trace::default()).await
+            {
+                return Some(opened);
+            }
+        }
+        None
+    }
+
+    /// Evaluates the request against a representation and gets its first bytes.
+    async fn serve(
+        &self,
+        target: &Target<'_>,
+        representation: Arc<Representation>,
+        held: Option<Arc<HeldRevision>>,
+        mut trace: Trace,
+    ) -> Result<Opened, OpenError> {
+        let verdict = evaluate(target.get.head, &representation.metadata());
+        let ranges = wanted(&verdict, representation.size, target.get.head.method);
+        let reader = if ranges.is_empty() {
+            None
+        } else {
+            let source =
+                target.source(representation.validator.clone(), Some(Arc::clone(&representation)));
+            let mut reader = Reader::new(
+                Arc::clone(&self.filler),
+                self.settings,
+                self.metrics.clone(),
+                source,
+                held,
+            );
+            let hold_back = tracing::debug_span!("hold_back");
+            reader.prepare(&ranges, &mut trace).instrument(hold_back).await?;
+            Some(reader)
+        };
+        Ok(Opened { representation, verdict, reader, trace })
+    }
+
+    /// Where the first read of an unknown representation begins, and how much it asks for.
+    fn first_want(&self, head: &RequestHead) -> FirstWant {
+        let block = self.disk.block_size();
+        let part = self.settings.part_size;
+        let whole = |start: u64| {
+            let start = start - start % block;
+            FirstWant::Span(Span { start, end: start.saturating_add(part) })
+        };
+        let first = head.range.as_ref().and_then(|ranges| ranges.first());
+        let bounded = match first {
+            None => whole(0),
+            Some(RangeSpec::From(first)) => whole((*first).min(FARTHEST)),
+            Some(RangeSpec::Closed { first, last }) => {
+                let first = (*first).min(FARTHEST);
+                let end = last.saturating_add(1).clamp(first + 1, FARTHEST + block);
+                FirstWant::Span(self.filler.part_at(Span { start: first, end }))
+            }
+            // A block more, so that the block in which the suffix begins comes whole.
+            Some(RangeSpec::Suffix(length)) => {
+                FirstWant::Suffix((*length).clamp(1, part).saturating_add(block - 1))
+            }
+        };
+        match bounded {
+            // Whether there will be a body hangs on the answer: a block is enough to judge by.
+            FirstWant::Span(span) if head.is_undecided() => {
+                FirstWant::Span(Span { start: span.start, end: span.end.min(span.start + block) })
+            }
+            bounded => bounded,
+        }
+    }
+
+    /// The revision, if the disk tier knows it.
+    async fn held(&self, revision: &Revision) -> Option<Arc<HeldRevision>> {
+        match self.disk.lookup(revision) {
+            Lookup::Held(held) => Some(held),
+            Lookup::Unknown => self.disk.load(revision).await,
+        }
+    }
+
+    /// A call of the remote, counted, timed and tried again as the mount allows.
+    async fn retrying<T, F>(
+        &self,
+        target: &Target<'_>,
+        op: &'static str,
+        mut call: impl FnMut() -> F,
+    ) -> Result<T, OpenError>
+    where
+        F: Future<Output = Result<T, RemoteError>>,
+    {
+        let mut retries = Retries::new(target.get.mount.retries);
+        loop {
+            match timed_read(&self.metrics, op, call()).await {
+                Ok(value) => return Ok(value),
+                Err(error) => retries.pause(error).await?,
+            }
+        }
+    }
+
+    /// What the client is told, and what we learn from it.
+    fn refuse(&self, target: &Target<'_>, error: OpenError) -> Refusal {
+        let remote = match error.remote_kind() {
+            Some(kind) => RemoteSays::of(kind),
+            None => RemoteSays::Down,
+        };
+        let retry_after = match error.remote_kind() {
+            Some(RemoteErrorKind::Throttled { retry_after: Some(wait) }) => *wait,
+            _ => Duration::from_secs(1),
+        };
+        let denied = target.get.mount.forbidden;
+        match settle(OnDisk::Lacking, remote, true, denied) {
+            Outcome::PinLost => {
+                let pin = target.get.head.single_pin().and_then(Validator::from_pin);
+                if let Some(pin) = &pin {
+                    self.keys.distrust(&target.key, pin);
+                }
+                let current = self.keys.believed(&target.key).filter(|now| Some(now) != pin.as_ref());
+                Refusal::PinLost { current }
+            }
+            Outcome::NotFound => {
+                if remote == RemoteSays::Absent {
+                    self.keys.distrust_all(&target.key);
+                }
+                Refusal::NotFound
+            }
+            Outcome::TimedOut => Refusal::TimedOut { cause: Arc::new(error) },
+            Outcome::BadGateway => Refusal::BadGateway { cause: Arc::new(error) },
+            Outcome::Unavailable | Outcome::FromDisk | Outcome::AskRemote | Outcome::Serve => {
+                Refusal::Unavailable { retry_after, cause: Arc::new(error) }
+            }
+        }
+    }
+
+    /// Forgets every revision of a key, or of all keys below a prefix (`every`): gone from memory,
+    /// from the disk and from fills under way when this returns.
+    pub async fn purge(&self, mount: &Mount, key: &str, every: bool) -> Result<Purged, DiskError> {
+        let named = mount.key(key);
+        let matches = |candidate: &ObjectKey| {
+            if every {
+                candidate.store() == named.store() && candidate.key().starts_with(named.key())
+            } else {
+                *candidate == named
+            }
+        };
+        self.purges.fetch_add(1, Ordering::SeqCst);
+        self.keys.forget(matches);
+        self.filler.forget(|revision| matches(&revision.key));
+        let target = if every {
+            PurgeTarget::Prefix {
+                store: Arc::clone(mount.remote.store()),
+                prefix: named.key().to_owned(),
+            }
+        } else {
+            PurgeTarget::Key(named.clone())
+        };
+        self.disk.purge(target).await
+    }
+}
+
+/// No object is longer (S3: 50 TB), and offsets below it never overflow.
+const FARTHEST: u64 = 1 << 62;
+
+enum FirstWant {
+    Span(Span),
+    Suffix(u64),
+}
+
+/// What stands in the way of an answer, before it is a [`Refusal`].
+#[derive(Debug, thiserror::Error)]
+enum OpenError {
+    #[error("the remote was asked")]
+    Remote(#[from] RemoteError),
+    #[error("a fill was joined")]
+    Fill(#[from] FillError),
+    /// Somebody asked for all who waited.
+    #[error("the remote was asked by another request")]
+    Shared(#[source] Arc<OpenError>),
+}
+
+impl OpenError {
+    fn remote_kind(&self) -> Option<&RemoteErrorKind> {
+        match self {
+            Self::Remote(error) | Self::Fill(FillError::Remote(error)) => Some(&error.kind),
+            Self::Fill(FillError::Disk(_) | FillError::Stopped) => None,
+            Self::Shared(error) => error.remote_kind(),
+        }
+    }
+}
+
+/// The bytes a response's body has; empty where it has none.
+fn wanted(verdict: &Verdict, size: u64, method: Method) -> Vec<ByteRange> {
+    match (method, verdict) {
+        (Method::Get, Verdict::Full) => ByteRange::whole(size).into_iter().collect(),
+        (Method::Get, Verdict::Partial(ranges)) => ranges.clone(),
+        (Method::Head, _)
+        | (_, Verdict::NotModified | Verdict::PreconditionFailed | Verdict::Unsatisfiable) => {
+            Vec::new()
+        }
+    }
+}
+
+/// Whether the disk alone can give the answer. A HEAD speaks for the GET it stands for.
+fn covers(held: &HeldRevision, verdict: &Verdict, method: Method) -> bool {
+    let size = held.representation().size;
+    match (method, verdict) {
+        (Method::Head, Verdict::Full) => {
+            ByteRange::whole(size).is_none_or(|whole| held.first_missing(whole).is_none())
+        }
+        _ => wanted(verdict, size, method).iter().all(|range| held.first_missing(*range).is_none()),
+    }
+}
+
+impl RequestHead {
+    /// Whether the answer may turn out to have no body once the representation is known.
+    fn is_undecided(&self) -> bool {
+        let listed = match &self.if_match {
+            Some(EntityTagList::Tags(tags)) => tags.len() > 1 || tags.iter().any(EntityTag::is_weak),
+            Some(EntityTagList::Any) | None => false,
+        };
+        listed
+            || self.if_none_match.is_some()
+            || self.if_modified_since.is_some()
+            || self.if_unmodified_since.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is out there, by itself: the truth that `settle` sees only through its inputs.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum S3 {
+        HasPinned,
+        HasOther,
+        HasNothing,
+        Unreachable,
+        Silent,
+        Contradicts,
+        Denies,
+        NoBucket,
+    }
+
+    const WORLDS: [S3; 8] = [
+        S3::HasPinned,
+        S3::HasOther,
+        S3::HasNothing,
+        S3::Unreachable,
+        S3::Silent,
+        S3::Contradicts,
+        S3::Denies,
+        S3::NoBucket,
+    ];
+
+    fn ask(world: S3) -> RemoteSays {
+        match world {
+            S3::HasPinned => RemoteSays::Same,
+            S3::HasOther => RemoteSays::Other,
+            S3::HasNothing => RemoteSays::Absent,
+            S3::Unreachable => RemoteSays::Down,
+            S3::Silent => RemoteSays::Slow,
+            S3::Contradicts => RemoteSays::Lies,
+            S3::Denies => RemoteSays::Denied,
+            S3::NoBucket => RemoteSays::Misconfigured,
+        }
+    }
+
+    /// Walks the decision as `open` does. Also says whether S3 was asked.
+    fn walk(disk: OnDisk, world: S3, ask_first: bool, denied: ForbiddenAs) -> (Outcome, bool) {
+        match settle(disk, RemoteSays::Unasked, ask_first, denied) {
+            Outcome::AskRemote => (settle(disk, ask(world), ask_first, denied), true),
+            outcome => (outcome, false),
+        }
+    }
+
+    /// DESIGN.md §3, «what a pinned GET gets», row by row.
+    fn table(disk: OnDisk, world: S3, ask_first: bool, denied: ForbiddenAs) -> Outcome {
+        if disk == OnDisk::Whole && !ask_first {
+            return Outcome::FromDisk;
+        }
+        match (world, denied) {
+            (S3::HasPinned, _) => Outcome::Serve,
+            (S3::HasOther, _) => Outcome::PinLost,
+            (S3::HasNothing, _) | (S3::Denies, ForbiddenAs::NotFound) => Outcome::NotFound,
+            (S3::Unreachable, _) => Outcome::Unavailable,
+            (S3::Silent, _) => Outcome::TimedOut,
+            (S3::Contradicts | S3::NoBucket, _) | (S3::Denies, ForbiddenAs::BadGateway) => {
+                Outcome::BadGateway
+            }
+        }
+    }
+
+    #[test]
+    fn settle_is_the_table() {
+        for disk in [OnDisk::Whole, OnDisk::Lacking] {
+            for world in WORLDS {
+                for ask_first in [false, true] {
+                    for denied in [ForbiddenAs::BadGateway, ForbiddenAs::NotFound] {
+                        let (outcome, asked) = walk(disk, world, ask_first, denied);
+                        let case = format!("{disk:?} {world:?} {ask_first} {denied:?}");
+                        assert_eq!(outcome, table(disk, world, ask_first, denied), "{case}");
+                        // P5: nobody is asked for what the disk has.
+                        assert_eq!(asked, disk == OnDisk::Lacking || ask_first, "{case}");
+                        // P4: a pin is lost only where S3 said so.
+                        if outcome == Outcome::PinLost {
+                            assert_eq!(world, S3::HasOther, "{case}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_outage_is_never_a_lost_pin() {
+        for kind in [
+            RemoteErrorKind::Throttled { retry_after: None },
+            RemoteErrorKind::Unavailable,
+            RemoteErrorKind::Timeout,
+            RemoteErrorKind::Protocol,
+            RemoteErrorKind::Misconfigured,
+        ] {
+            let says = RemoteSays::of(&kind);
+            let outcome = settle(OnDisk::Lacking, says, false, ForbiddenAs::NotFound);
+            assert!(
+                matches!(outcome, Outcome::Unavailable | Outcome::TimedOut | Outcome::BadGateway),
+                "{kind:?} became {outcome:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,414 @@
+//! What is current: labels, their age, and the one question that is asked at a time per key.
+//!
+//! A label says which revision a key was at when the remote last said so, or that it was absent. It is
+//! fresh for `fresh_for` after the moment the question was *sent*, so an unpinned answer is never
+//! further behind than that (P6). When it is not fresh, one request asks (a GET that brings its
+//! first bytes along, `If-None-Match` where something is held) and the others wait for its label, or
+//! for its failure: an outage is found out once, not by each in turn.
+//!
+//! A guarded read that fails takes the trust from the label it relied on ([`Keys::distrust`]), so that no client
+//! is handed a dead pin twice.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
+
+use lru::LruCache;
+use parking_lot::Mutex;
+use tokio::sync::MutexGuard;
+
+use super::{FirstWant, Forwarded, OpenError, Refusal, Target, Tiers, Trace};
+use crate::disk::HeldRevision;
+use crate::object::{ObjectKey, Representation, Revision, Validator};
+use crate::remote::{Current, RemoteErrorKind, RemoteRead};
+use crate::semantics::precondition::Method;
+use crate::semantics::{RangeSpec, RequestHead};
+
+/// Keys whose label is kept in memory. A label costs some hundred bytes, so this is some 20 MiB at
+/// the most, whatever strangers ask for (P12); a key that fell out is looked up in the catalog.
+const LABELS: NonZeroUsize = NonZeroUsize::new(65_536).expect("not zero");
+
+/// How often an unchanged label is written to the catalog again. It only has to be right within
+/// `stale_if_error` after a restart, and a disk hit writes nothing (P7).
+const PERSIST_EVERY: Duration = Duration::from_secs(60);
+
+/// A `Last-Modified` this much in the past when it was seen names one upload: it counts whole seconds, and the
+/// remote's clock may differ a little from ours.
+const SETTLED: Duration = Duration::from_secs(5);
+
+/// What the remote last said of a key.
+#[derive(Clone, Debug)]
+pub(super) enum Label {
+    Present(Arc<Representation>),
+    Absent,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// The label and when it was asked for. `None` as the moment: not to be trusted any more.
+    label: Option<(Label, Option<Instant>)>,
+    /// When the wall clock said the label was last confirmed: outlives a restart.
+    confirmed: Option<SystemTime>,
+    persisted: Option<Instant>,
+    failed: Option<(Instant, Arc<OpenError>)>,
+}
+
+/// One key's label.
+#[derive(Debug, Default)]
+pub(super) struct KeyState {
+    turn: tokio::sync::Mutex<()>,
+    known: Mutex<Known>,
+}
+
+impl KeyState {
+    /// Waits until nobody else asks the remote for this key's label. Cancel safe.
+    pub(super) async fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().await
+    }
+
+    fn fresh(&self, asked_after: Instant) -> Option<Label> {
+        match &self.known.lock().label {
+            Some((label, Some(asked))) if *asked >= asked_after => Some(label.clone()),
+            _ => None,
+        }
+    }
+
+    fn failure_since(&self, arrived: Instant) -> Option<Arc<OpenError>> {
+        let known = self.known.lock();
+        known.failed.as_ref().filter(|(when, _)| *when >= arrived).map(|(_, why)| Arc::clone(why))
+    }
+}
+
+/// The labels of all keys. Bounded; a short lock, never across an await.
+pub(super) struct Keys(Mutex<LruCache<ObjectKey, Arc<KeyState>>>);
+
+impl Default for Keys {
+    fn default() -> Self {
+        Self(Mutex::new(LruCache::new(LABELS)))
+    }
+}
+
+impl Keys {
+    pub(super) fn of(&self, key: &ObjectKey) -> Arc<KeyState> {
+        let mut keys = self.0.lock();
+        if let Some(state) = keys.get(key) {
+            return Arc::clone(state);
+        }
+        let state = Arc::new(KeyState::default());
+        keys.put(key.clone(), Arc::clone(&state));
+        state
+    }
+
+    /// The revision that the key is believed to be at.
+    pub(super) fn believed(&self, key: &ObjectKey) -> Option<Validator> {
+        let state = self.0.lock().peek(key).map(Arc::clone)?;
+        let known = state.known.lock();
+        match &known.label {
+            Some((Label::Present(representation), Some(_))) => Some(representation.validator.clone()),
+            _ => None,
+        }
+    }
+
+    /// The remote no longer has `validator`: a label that says so is asked for again.
+    pub(super) fn distrust(&self, key: &ObjectKey, validator: &Validator) {
+        if let Some(state) = self.0.lock().peek(key)
+            && let Some((Label::Present(representation), trusted)) = &mut state.known.lock().label
+            && representation.validator == *validator
+        {
+            *trusted = None;
+        }
+    }
+
+    /// The key is gone at the remote: whatever the label says is asked for again.
+    pub(super) fn distrust_all(&self, key: &ObjectKey) {
+        if let Some(state) = self.0.lock().peek(key)
+            && let Some((Label::Present(_), trusted)) = &mut state.known.lock().label
+        {
+            *trusted = None;
+        }
+    }
+
+    /// Forgets the labels of the keys that `matches` says.
+    pub(super) fn forget(&self, matches: impl Fn(&ObjectKey) -> bool) {
+        let mut keys = self.0.lock();
+        let doomed: Vec<_> =
+            keys.iter().map(|(key, _)| key).filter(|key| matches(key)).cloned().collect();
+        for key in doomed {
+            keys.pop(&key);
+        }
+    }
+}
+
+/// The current revision, as it answers one request.
+pub(super) struct CurrentRevision {
+    pub(super) representation: Arc<Representation>,
+    pub(super) held: Option<Arc<HeldRevision>>,
+    pub(super) trace: Trace,
+}
+
+impl Tiers {
+    /// The current revision of the target: from its label if that is fresh, else from the remote, else,
+    /// while the remote cannot be asked, what is held.
+    pub(super) async fn current(&self, target: &Target<'_>) -> Result<CurrentRevision, Refusal> {
+        let arrived = Instant::now();
+        let mount = target.get.mount;
+        let state = self.keys.of(&target.key);
+        let asked_after = if target.get.no_cache {
+            arrived
+        } else {
+            arrived.checked_sub(mount.fresh_for).unwrap_or(arrived)
+        };
+        if let Some(label) = state.fresh(asked_after) {
+            return self.from_label(target, label, Trace::default()).await;
+        }
+        let _turn = state.turn().await;
+        let mut trace = Trace { collapsed: true, ..Trace::default() };
+        if let Some(label) = state.fresh(asked_after) {
+            trace.forwarded = Some(Forwarded::Stale);
+            trace.remote = arrived.elapsed();
+            return self.from_label(target, label, trace).await;
+        }
+        if let Some(error) = state.failure_since(arrived) {
+            return self.while_unreachable(target, &state, &error, trace).await;
+        }
+        trace.collapsed = false;
+        let asked = Instant::now();
+        match self.ask_current(target, &state, &mut trace).await {
+            Ok(current) => {
+                trace.remote = asked.elapsed();
+                Ok(CurrentRevision { trace, ..current })
+            }
+            Err(error) => {
+                let error = Arc::new(error);
+                match error.remote_kind() {
+                    Some(RemoteErrorKind::Absent) => {
+                        let mut known = state.known.lock();
+                        *known = Known { label: Some((Label::Absent, Some(asked))), ..Known::default() };
+                        drop(known);
+                        self.disk.set_current(&target.key, None);
+                    }
+                    _ => state.known.lock().failed = Some((Instant::now(), Arc::clone(&error))),
+                }
+                self.while_unreachable(target, &state, &error, trace).await
+            }
+        }
+    }
+
+    async fn from_label(
+        &self,
+        target: &Target<'_>,
+        label: Label,
+        mut trace: Trace,
+    ) -> Result<CurrentRevision, Refusal> {
+        match label {
+            Label::Absent => Err(Refusal::NotFound),
+            Label::Present(representation) => {
+                let held = self.held(&self.revision(target, &representation)).await;
+                if held.is_none() && trace.forwarded.is_none() {
+                    trace.forwarded = Some(Forwarded::Miss);
+                }
+                Ok(CurrentRevision { representation, held, trace })
+            }
+        }
+    }
+
+    fn revision(&self, target: &Target<'_>, representation: &Representation) -> Revision {
+        Revision { key: target.key.clone(), validator: representation.validator.clone() }
+    }
+
+    /// What was last known to be current, and when: from memory, else from the catalog.
+    async fn last_label(
+        &self,
+        target: &Target<'_>,
+        state: &KeyState,
+    ) -> Option<(Arc<Representation>, SystemTime)> {
+        {
+            let known = state.known.lock();
+            if let (Some((label, _)), Some(confirmed)) = (&known.label, known.confirmed) {
+                return match label {
+                    Label::Present(representation) => Some((Arc::clone(representation), confirmed)),
+                    Label::Absent => None,
+                };
+            }
+        }
+        let record = self.disk.last_current(&target.key).await?;
+        Some((record.representation, record.checked_at))
+    }
+
+    /// Asks the remote. The one who asks holds the key's turn.
+    async fn ask_current(
+        &self,
+        target: &Target<'_>,
+        state: &KeyState,
+        trace: &mut Trace,
+    ) -> Result<CurrentRevision, OpenError> {
+        let purges = self.purges.load(Ordering::SeqCst);
+        let asked = Instant::now();
+        let last = self.last_label(target, state).await;
+        let held = match &last {
+            Some((representation, _)) => self.held(&self.revision(target, representation)).await,
+            None => None,
+        };
+        trace.forwarded = Some(match (&held, target.get.no_cache) {
+            (_, true) => Forwarded::Request,
+            (Some(_), false) => Forwarded::Stale,
+            (None, false) => Forwarded::Miss,
+        });
+        let key = target.key.key();
+        let (representation, read) = if target.get.head.method == Method::Head {
+            let stat = self.retrying(target, "stat", || target.remote().stat(key, None)).await?;
+            (Arc::new(stat), None)
+        } else {
+            let unless = held.as_ref().map(|held| held.revision().validator.clone());
+            match self.read_label(target, unless.as_ref()).await? {
+                Current::Read(read) => (Arc::new(read.representation.clone()), Some(read)),
+                Current::NotModified { last_modified } => {
+                    let (held, last) =
+                        held.as_ref().zip(last).expect("If-None-Match is sent for what is held");
+                    trace.confirmed = true;
+                    (self.confirmed(target, held, last_modified, last.1).await?, None)
+                }
+            }
+        };
+
+        let mut current_held = held.filter(|held| held.revision().validator == representation.validator);
+        if let Some(held) = &current_held {
+            held.update_representation(Arc::clone(&representation));
+        }
+        let purged_meanwhile = self.purges.load(Ordering::SeqCst) != purges;
+        if let Some(read) = read.filter(|_| !purged_meanwhile) {
+            let source =
+                target.source(representation.validator.clone(), Some(Arc::clone(&representation)));
+            if let Some(mut follow) = self.filler.adopt(&source, read) {
+                // The hold-back waits for its bytes; a disk that cannot take them is found out there.
+                if let Ok(Some(answered)) = follow.answered().await {
+                    current_held = Some(answered.held);
+                }
+            }
+        }
+        if !purged_meanwhile {
+            self.remember(target, state, &representation, asked);
+        }
+        Ok(CurrentRevision { representation, held: current_held, trace: Trace::default() })
+    }
+
+    /// The read that labels itself. Its bytes are the beginning of what the request wants.
+    async fn read_label(
+        &self,
+        target: &Target<'_>,
+        unless: Option<&Validator>,
+    ) -> Result<Current, OpenError> {
+        let key = target.key.key();
+        let want = self.label_want(target.get.head);
+        let read = self
+            .retrying(target, "read_current", || {
+                target.remote().read_current(key, Some(want), unless)
+            })
+            .await;
+        match read {
+            Err(error) => match error.remote_kind() {
+                // Either the object is empty, or the range begins beyond its end.
+                Some(RemoteErrorKind::Unsatisfiable { size }) => {
+                    if size.is_none_or(|size| size == 0) {
+                        let whole = self
+                            .retrying(target, "read_current", || {
+                                target.remote().read_current(key, None, unless)
+                            })
+                            .await?;
+                        return Ok(whole);
+                    }
+                    let stat =
+                        self.retrying(target, "stat", || target.remote().stat(key, None)).await?;
+                    Ok(Current::Read(RemoteRead {
+                        representation: stat,
+                        range: None,
+                        body: Box::pin(futures::stream::empty()),
+                    }))
+                }
+                _ => Err(error),
+            },
+            Ok(current) => Ok(current),
+        }
+    }
+
+    fn label_want(&self, head: &RequestHead) -> RangeSpec {
+        match self.first_want(head) {
+            FirstWant::Span(span) => RangeSpec::Closed { first: span.start, last: span.end - 1 },
+            FirstWant::Suffix(length) => RangeSpec::Suffix(length),
+        }
+    }
+
+    /// The remote said 304. The bytes are the same; the fields that pass through may not be: equal bytes
+    /// uploaded again keep the `ETag` and may change them, which `Last-Modified` betrays unless it
+    /// was within the same second.
+    async fn confirmed(
+        &self,
+        target: &Target<'_>,
+        held: &HeldRevision,
+        last_modified: Option<SystemTime>,
+        last_confirmed: SystemTime,
+    ) -> Result<Arc<Representation>, OpenError> {
+        let stored = held.representation();
+        if let Some(last_modified) = last_modified
+            && Some(last_modified) == stored.last_modified
+            && last_confirmed.duration_since(last_modified).is_ok_and(|age| age > SETTLED)
+        {
+            return Ok(stored);
+        }
+        let key = target.key.key();
+        let stat = self.retrying(target, "stat", || target.remote().stat(key, None)).await?;
+        Ok(Arc::new(stat))
+    }
+
+    fn remember(
+        &self,
+        target: &Target<'_>,
+        state: &KeyState,
+        representation: &Arc<Representation>,
+        asked: Instant,
+    ) {
+        let mut known = state.known.lock();
+        let unchanged = matches!(
+            &known.label,
+            Some((Label::Present(before), _)) if before.validator == representation.validator
+        );
+        let persist = !unchanged || known.persisted.is_none_or(|last| last.elapsed() > PERSIST_EVERY);
+        *known = Known {
+            label: Some((Label::Present(Arc::clone(representation)), Some(asked))),
+            confirmed: Some(SystemTime::now()),
+            persisted: if persist { Some(asked) } else { known.persisted },
+            failed: None,
+        };
+        drop(known);
+        if persist {
+            self.disk.set_current(&target.key, Some(representation));
+        }
+    }
+
+    /// What is held may answer for a while, marked as stale; then the client is told of the outage.
+    async fn while_unreachable(
+        &self,
+        target: &Target<'_>,
+        state: &KeyState,
+        error: &Arc<OpenError>,
+        mut trace: Trace,
+    ) -> Result<CurrentRevision, Refusal> {
+        let outage = error.remote_kind().is_some_and(RemoteErrorKind::is_retryable);
+        if outage
+            && !target.get.no_cache
+            && let Some((representation, confirmed)) = self.last_label(target, state).await
+            && confirmed.elapsed().unwrap_or_default() <= target.get.mount.stale_if_error
+            && let Some(held) = self.held(&self.revision(target, &representation)).await
+        {
+            trace.stale = true;
+            trace.forwarded = Some(Forwarded::Stale);
+            tracing::warn!(
+                error = &**error as &dyn std::error::Error,
+                "the remote cannot be asked; answering from what is held"
+            );
+            return Ok(CurrentRevision { representation, held: Some(held), trace });
+        }
+        Err(self.refuse(target, OpenError::Shared(Arc::clone(error))))
+    }
+}

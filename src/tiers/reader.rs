@@ -1,0 +1,400 @@
+//! The bytes of one response: what the disk holds, then what fills bring, then past the disk.
+//!
+//! A [`Reader`] is asked for the next chunk at the start of a range and answers with the first
+//! of these that has it:
+//!
+//! 1. an extent that coverage mints: the warm path, which neither awaits nor allocates;
+//! 2. an extent behind the cursor of a fill, joined or started for what is missing; as the response
+//!    advances, further fills are started ahead of it, never more than `fan_out` at a time,
+//!    so a stalled client holds none (P9);
+//! 3. where the disk cannot take the bytes, frames of a guarded read of its own (P10).
+//!
+//! [`Reader::prepare`] is the hold-back (P3): it returns once the response can begin. An error
+//! after that cuts the body.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+
+use super::{Forwarded, OpenError, TierSettings, Trace};
+use crate::disk::{HeldRevision, Step};
+use crate::fill::{FillError, FillSource, Filler, Follow, Retries, Span, timed_read};
+use crate::payload::{BodyError, ChunkSource, Payload};
+use crate::remote::{RemoteError, RemoteErrorKind};
+use crate::semantics::ByteRange;
+use crate::telemetry::Metrics;
+
+/// Where a response's bytes come from.
+pub struct Reader {
+    state: State,
+}
+
+enum State {
+    Idle(Box<Inner>),
+    Waiting(BoxFuture<'static, (Box<Inner>, Result<Payload, OpenError>)>),
+    /// After an error.
+    Broken,
+}
+
+struct Inner {
+    filler: Arc<Filler>,
+    settings: TierSettings,
+    metrics: Metrics,
+    source: FillSource,
+    held: Option<Arc<HeldRevision>>,
+    /// Fills under way at or beyond the position, by position.
+    follows: Vec<Follow>,
+    /// Everything was on disk when the response began.
+    complete: bool,
+    direct: Option<Direct>,
+}
+
+/// Flights that end without their bytes turning up on disk, before the disk is passed by: it evicts as
+/// fast as it is filled.
+const PATIENCE: usize = 3;
+
+impl Reader {
+    pub(super) fn new(
+        filler: Arc<Filler>,
+        settings: TierSettings,
+        metrics: Metrics,
+        source: FillSource,
+        held: Option<Arc<HeldRevision>>,
+    ) -> Self {
+        let inner = Inner {
+            filler,
+            settings,
+            metrics,
+            source,
+            held,
+            follows: Vec::new(),
+            complete: false,
+            direct: None,
+        };
+        Self { state: State::Idle(Box::new(inner)) }
+    }
+
+    pub(super) async fn prepare(
+        &mut self,
+        ranges: &[ByteRange],
+        trace: &mut Trace,
+    ) -> Result<(), OpenError> {
+        match &mut self.state {
+            State::Idle(inner) => inner.prepare(ranges, trace).await,
+            State::Waiting(_) | State::Broken => {
+                unreachable!("a reader is prepared before its first chunk")
+            }
+        }
+    }
+}
+
+impl ChunkSource for Reader {
+    fn poll_chunk(
+        &mut self,
+        cx: &mut Context<'_>,
+        range: ByteRange,
+    ) -> Poll<Result<Payload, BodyError>> {
+        loop {
+            match std::mem::replace(&mut self.state, State::Broken) {
+                State::Idle(mut inner) => {
+                    if let Some(payload) = inner.at_hand(range) {
+                        self.state = State::Idle(inner);
+                        return Poll::Ready(Ok(payload));
+                    }
+                    self.state = State::Waiting(Box::pin(async move {
+                        let result = inner.next(range).await;
+                        (inner, result)
+                    }));
+                }
+                State::Waiting(mut future) => {
+                    let (inner, result) = match future.as_mut().poll(cx) {
+                        Poll::Ready(done) => done,
+                        Poll::Pending => {
+                            self.state = State::Waiting(future);
+                            return Poll::Pending;
+                        }
+                    };
+                    return Poll::Ready(match result {
+                        Ok(payload) => {
+                            self.state = State::Idle(inner);
+                            Ok(payload)
+                        }
+                        Err(error) => Err(BodyError::new(reason(&error), error)),
+                    });
+                }
+                State::Broken => {
+                    return Poll::Ready(Err(BodyError::new("broken", FillError::Stopped)));
+                }
+            }
+        }
+    }
+}
+
+/// Why a body was cut, as a metric label.
+fn reason(error: &OpenError) -> &'static str {
+    match error.remote_kind() {
+        Some(kind) => kind.label(),
+        None => "fill",
+    }
+}
+
+impl Inner {
+    /// The next chunk if it is on disk and nothing has to be awaited.
+    fn at_hand(&mut self, range: ByteRange) -> Option<Payload> {
+        let Step::Present(extent) = self.held.as_ref()?.step(range) else { return None };
+        if !self.complete {
+            self.read_ahead(range);
+        }
+        Some(Payload::File(extent))
+    }
+
+    async fn next(&mut self, range: ByteRange) -> Result<Payload, OpenError> {
+        let mut vanished = 0;
+        loop {
+            if let Some(payload) = self.at_hand(range) {
+                return Ok(payload);
+            }
+            if let Some(held) = &self.held
+                && matches!(held.step(range), Step::Closed)
+            {
+                // Opens the file, or finds it gone: then the step says Missing.
+                Arc::clone(held).open_at(range.start()).await;
+                continue;
+            }
+            self.complete = false;
+            match self.direct.as_mut().map(|direct| direct.offset.cmp(&range.start())) {
+                Some(std::cmp::Ordering::Equal) => {
+                    if let Some(bytes) = self.direct_chunk(range).await? {
+                        return Ok(Payload::Memory(bytes));
+                    }
+                    self.direct = None;
+                }
+                Some(std::cmp::Ordering::Less) => self.direct = None,
+                Some(std::cmp::Ordering::Greater) | None => {}
+            }
+            if vanished >= PATIENCE {
+                self.open_direct(self.gap(range)).await?;
+                continue;
+            }
+            self.read_ahead(range);
+            let Some(follow) = self.follows.first_mut().filter(|follow| follow.span().start <= range.start())
+            else {
+                // Nothing is missing any more; the next turn finds it.
+                vanished += 1;
+                continue;
+            };
+            match follow.extent(range).await {
+                Ok(Some(extent)) => {
+                    if self.held.is_none() {
+                        self.held = follow.answered().await?.map(|answered| answered.held);
+                    }
+                    self.read_ahead(range);
+                    return Ok(Payload::File(extent));
+                }
+                Ok(None) => {
+                    vanished += 1;
+                    self.follows.remove(0);
+                }
+                Err(FillError::Disk(_)) => {
+                    self.follows.clear();
+                    self.open_direct(self.gap(range)).await?;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Keeps up to `fan_out` fills going from the start of `range` on, as far as it reaches.
+    fn read_ahead(&mut self, range: ByteRange) {
+        self.follows.retain(|follow| follow.span().end > range.start());
+        let reached = self.follows.last().map_or(range.start(), |follow| follow.span().end);
+        let window = self.settings.part_size.saturating_mul(self.settings.fan_out as u64);
+        let end = range.end().min(range.start().saturating_add(window));
+        let room = self.settings.fan_out.saturating_sub(self.follows.len());
+        if room == 0 || reached >= end || self.direct.is_some() {
+            return;
+        }
+        let want = Span { start: reached, end };
+        self.follows.extend(self.filler.join(&self.source, self.held.as_deref(), want, room));
+    }
+
+    fn gap(&self, range: ByteRange) -> ByteRange {
+        match &self.held {
+            Some(held) => held.first_missing(range).unwrap_or(range),
+            None => range,
+        }
+    }
+
+    async fn prepare(&mut self, ranges: &[ByteRange], trace: &mut Trace) -> Result<(), OpenError> {
+        let Some(first) = ranges.first().copied() else { return Ok(()) };
+        let started = Instant::now();
+        let mut vanished = 0;
+        loop {
+            if let Some(held) = &self.held
+                && matches!(held.step(first), Step::Closed)
+            {
+                Arc::clone(held).open_at(first.start()).await;
+                continue;
+            }
+            let gap = match &self.held {
+                None => Some(first),
+                Some(held) => ranges.iter().find_map(|range| held.first_missing(*range)),
+            };
+            let Some(gap) = gap else {
+                self.complete = true;
+                trace.disk += started.elapsed();
+                return Ok(());
+            };
+            if trace.forwarded.is_none() {
+                trace.forwarded = Some(if gap.start() == first.start() {
+                    Forwarded::Miss
+                } else {
+                    Forwarded::Partial
+                });
+            }
+            if vanished >= PATIENCE {
+                return self.hold_back_direct(gap, trace, started).await;
+            }
+            let within = ranges
+                .iter()
+                .find_map(|range| range.intersect(gap).and_then(|_| range.from_offset(gap.start())))
+                .unwrap_or(gap);
+            self.follows.clear();
+            self.read_ahead(within);
+            match self.hold_back(first, gap, within).await {
+                Ok(true) => {
+                    trace.remote += started.elapsed();
+                    trace.stored = true;
+                    trace.collapsed |= self.follows.iter().all(|follow| follow.collapsed);
+                    trace.queued = self.follows.iter().map(Follow::queued).max().unwrap_or_default();
+                    return Ok(());
+                }
+                Ok(false) => vanished += 1,
+                Err(FillError::Disk(_)) => {
+                    self.follows.clear();
+                    return self.hold_back_direct(gap, trace, started).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Waits for the remote's answer to the first missing stretch, to all of them where the range is no
+    /// longer than a part (so that a response of one GET each for two gaps is not cut between
+    /// them), and for the first byte where it is missing. `false`: things changed; look again.
+    async fn hold_back(
+        &mut self,
+        first: ByteRange,
+        gap: ByteRange,
+        within: ByteRange,
+    ) -> Result<bool, FillError> {
+        let needed = if within.len() <= self.settings.part_size { self.follows.len() } else { 1 };
+        for follow in self.follows.iter_mut().take(needed) {
+            if let Some(answered) = follow.answered().await? {
+                self.held.get_or_insert(answered.held);
+            }
+        }
+        match self.follows.first_mut() {
+            None => Ok(false),
+            Some(_) if gap.start() != first.start() => Ok(true),
+            Some(follow) => Ok(follow.extent(gap).await?.is_some()),
+        }
+    }
+
+    async fn hold_back_direct(
+        &mut self,
+        gap: ByteRange,
+        trace: &mut Trace,
+        started: Instant,
+    ) -> Result<(), OpenError> {
+        self.open_direct(gap).await?;
+        trace.remote += started.elapsed();
+        Ok(())
+    }
+
+    /// Opens a guarded read past the disk and waits for its first frame.
+    async fn open_direct(&mut self, gap: ByteRange) -> Result<(), OpenError> {
+        let mut direct = Direct {
+            offset: gap.start(),
+            end: gap.end(),
+            body: futures::stream::empty().boxed(),
+            ready: Bytes::new(),
+            retries: Retries::new(self.source.retries),
+        };
+        direct.reopen(&self.source, &self.metrics).await?;
+        direct.frame(&self.source, &self.metrics).await?;
+        self.direct = Some(direct);
+        Ok(())
+    }
+
+    async fn direct_chunk(&mut self, range: ByteRange) -> Result<Option<Bytes>, OpenError> {
+        let Some(direct) = &mut self.direct else { return Ok(None) };
+        if direct.offset >= direct.end {
+            return Ok(None);
+        }
+        direct.frame(&self.source, &self.metrics).await?;
+        let most = usize::try_from(range.len()).unwrap_or(usize::MAX);
+        let chunk = direct.ready.split_to(direct.ready.len().min(most));
+        direct.offset += chunk.len() as u64;
+        Ok(Some(chunk))
+    }
+}
+
+/// A guarded read past the disk, for one response.
+struct Direct {
+    offset: u64,
+    end: u64,
+    body: BoxStream<'static, Result<Bytes, RemoteError>>,
+    /// At `offset`: the one frame that is held.
+    ready: Bytes,
+    retries: Retries,
+}
+
+impl Direct {
+    async fn reopen(&mut self, source: &FillSource, metrics: &Metrics) -> Result<(), RemoteError> {
+        let rest = ByteRange::from_bounds(self.offset, self.end).ok_or_else(|| {
+            RemoteError::new(RemoteErrorKind::Protocol, "read", "nothing is left to read")
+        })?;
+        let guard = source.guard();
+        loop {
+            match timed_read(metrics, "read", source.remote.read(&guard, rest.spec())).await {
+                Ok(read) => {
+                    self.body = read.body;
+                    return Ok(());
+                }
+                Err(error) => self.retries.pause(error).await?,
+            }
+        }
+    }
+
+    /// Makes `ready` not empty.
+    async fn frame(&mut self, source: &FillSource, metrics: &Metrics) -> Result<(), RemoteError> {
+        while self.ready.is_empty() {
+            match self.body.next().await {
+                Some(Ok(bytes)) => {
+                    metrics.remote_bytes(bytes.len() as u64);
+                    self.ready = bytes;
+                }
+                Some(Err(error)) => {
+                    self.retries.pause(error).await?;
+                    self.reopen(source, metrics).await?;
+                }
+                None => {
+                    let error = RemoteError::new(
+                        RemoteErrorKind::Unavailable,
+                        "read",
+                        "the body ended before its range did",
+                    );
+                    self.retries.pause(error).await?;
+                    self.reopen(source, metrics).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,685 @@
+//! The whole replica over real sockets, in front of an S3 that enforces conditions and counts.
+//!
+//! | promise | test |
+//! |---|---|
+//! | P1 | `swap_between_any_two_requests`, `a_swap_during_a_wide_download_cuts_it` |
+//! | P2 | `requests_of_a_cold_read`, `unguarded_reads_are_counted` |
+//! | P3 | `a_reset_before_the_first_byte_is_no_206`, `the_head_waits_for_the_first_missing_stretch` |
+//! | P4 | `an_outage_outranks_412_and_404` |
+//! | P5 | `a_held_pin_needs_nobody` |
+//! | P6 | `unpinned_answers_follow_the_remote`, `stale_if_error_is_marked` |
+//! | P8 | `staggered_ranges_leave_the_remote_once` |
+//! | P9 | `a_client_that_leaves_hurts_nobody` |
+//! | P10 | `a_disk_without_room_fails_nothing` |
+//! | P11 | `a_restart_keeps_what_was_written` |
+//! | P12 | `requests_that_are_refused` |
+
+mod world;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::join_all;
+use http::Method;
+use http_body_util::BodyExt;
+use pinrange::disk::MinFree;
+use pinrange::strict_s3::{Effect, Fault, Mutation, Op, PutOptions};
+use world::{BLOCK, PART, Setup, World, bytes, slice};
+
+fn replace(key: &str, with: &Bytes) -> Mutation {
+    Mutation::Put {
+        bucket: "bucket".to_owned(),
+        key: key.to_owned(),
+        bytes: with.clone(),
+        options: PutOptions::default(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_of_a_cold_read() {
+    let world = World::new().await;
+    let small = bytes(1, PART);
+    let tag = world.put("small", &small);
+
+    let answer = world.get("/m/small", &[]).await;
+    assert_eq!((answer.status, answer.cut), (200, false));
+    assert_eq!(answer.body, small);
+    assert_eq!(answer.header("etag"), tag);
+    let log = world.s3.take_log();
+    assert_eq!(log.len(), 1, "an object of a part is one request: {log:#?}");
+
+    let answer = world.get("/m/small", &[("if-match", &tag), ("range", "bytes=5-99")]).await;
+    assert_eq!((answer.status, answer.body.as_slice()), (206, &small[5..100]));
+    assert_eq!(answer.header("cache-status"), "pinrange; hit; detail=disk");
+    assert_eq!(world.s3.stats().requests, 0, "warm");
+
+    let other = bytes(2, 3 * PART);
+    let tag = world.put("other", &other);
+    let range = format!("bytes={}-{}", PART / 2, PART / 2 + PART - 1);
+    let answer = world.get("/m/other", &[("if-match", &tag), ("range", &range)]).await;
+    assert_eq!(answer.status, 206);
+    assert_eq!(answer.body, slice(&other, PART / 2, PART / 2 + PART));
+    let log = world.s3.take_log();
+    assert_eq!(log.len(), 1, "a pinned range of a part, misaligned to parts: {log:#?}");
+    assert!(log[0].guarded);
+    assert_eq!(log[0].op, Op::Get, "no HEAD precedes it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_request_before_the_first_byte() {
+    let world = World::new().await;
+    let big = bytes(3, 4 * PART);
+    let tag = world.put("big", &big);
+    for pinned in [false, true] {
+        world.purge("/m/*").await;
+        world.s3.clear_log();
+        // Nothing after the first request gets a byte until we have seen the first one's.
+        world.s3.on_request(Some(Box::new(|request| {
+            if request.op == Op::Get && request.range.as_deref() != Some("bytes=0-2097151") {
+                vec![Effect::StallAfter { bytes: 0, duration: None }]
+            } else {
+                Vec::new()
+            }
+        })));
+        let headers: &[(&str, &str)] = if pinned { &[("if-match", &tag)] } else { &[] };
+        let (status, mut body) = world.begin("/m/big", headers).await;
+        assert_eq!(status, 200);
+        let first = body.frame().await.unwrap().unwrap().into_data().unwrap();
+        assert_eq!(first, slice(&big, 0, first.len() as u64));
+        assert_eq!(world.s3.log()[0].range.as_deref(), Some("bytes=0-2097151"), "pinned: {pinned}");
+        world.s3.on_request(None);
+        world.s3.release_stalls();
+        let rest = body.collect().await.unwrap().to_bytes();
+        assert_eq!(rest, slice(&big, first.len() as u64, 4 * PART));
+        let stats = world.s3.stats();
+        assert_eq!(stats.unguarded_gets, u64::from(!pinned));
+        assert_eq!((stats.gets, stats.heads), (4, 0), "one a part");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unguarded_reads_are_counted() {
+    let world = World::new().await;
+    let object = bytes(4, 8 * PART + 17);
+    let tag = world.put("object", &object);
+    let unpinned = join_all((0..8).map(|_| world.get("/m/object", &[]))).await;
+    for answer in &unpinned {
+        assert_eq!((answer.status, answer.header("etag")), (200, tag.as_str()));
+        assert_eq!(answer.body, object);
+    }
+    let stats = world.s3.stats();
+    assert_eq!(stats.unguarded_gets, 1, "one label for all who came together");
+    assert_eq!(stats.body_bytes_sent, object.len() as u64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn staggered_ranges_leave_the_remote_once() {
+    let world = Arc::new(World::new().await);
+    let size = 32 * 1024 * 1024 + 12_345;
+    let object = bytes(5, size);
+    let tag = Arc::new(world.put("object", &object));
+    let tasks = (0..64_u64).map(|client| {
+        let (world, tag, object) = (Arc::clone(&world), Arc::clone(&tag), object.clone());
+        tokio::spawn(async move {
+            // Each begins somewhere else and cuts the object differently.
+            let step = 700_001 + client * 61_007;
+            let mut offset = (client * 523_109) % size;
+            for _ in 0..size.div_ceil(step) {
+                let end = (offset + step).min(size);
+                let range = format!("bytes={offset}-{}", end - 1);
+                let answer = world
+                    .get("/m/object", &[("if-match", tag.as_str()), ("range", &range)])
+                    .await;
+                assert_eq!((answer.status, answer.cut), (206, false), "{range}");
+                assert!(answer.body == slice(&object, offset, end), "{range} has other bytes");
+                offset = if end == size { 0 } else { end };
+            }
+        })
+    });
+    for task in join_all(tasks).await {
+        task.unwrap();
+    }
+    let stats = world.s3.stats();
+    assert_eq!(stats.body_bytes_sent, size, "each byte left the remote once");
+    assert_eq!(stats.unguarded_gets, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_held_pin_needs_nobody() {
+    let world = World::new().await;
+    let old = bytes(6, PART + 5);
+    let pin = world.put("object", &old);
+    assert_eq!(world.get("/m/object", &[]).await.status, 200);
+    let new = world.put("object", &bytes(7, PART));
+    world.s3.clear_log();
+    let pinned = [("if-match", pin.as_str()), ("range", "bytes=100-")];
+    let answer = world.get("/m/object", &pinned).await;
+    assert_eq!((answer.status, answer.header("etag")), (206, pin.as_str()));
+    assert_eq!(answer.body, slice(&old, 100, PART + 5));
+    assert_ne!(pin, new);
+
+    world.s3.stop_accepting().await;
+    let answer = world.get("/m/object", &pinned).await;
+    assert_eq!(answer.status, 206);
+    assert_eq!(answer.body, slice(&old, 100, PART + 5));
+    assert_eq!(world.s3.stats().requests, 0);
+    let asked_first = [("if-match", pin.as_str()), ("cache-control", "no-cache")];
+    assert_eq!(world.get("/m/object", &asked_first).await.status, 503, "no-cache in an outage");
+    world.s3.resume().await.unwrap();
+    assert_eq!(world.get("/m/object", &asked_first).await.status, 412, "no-cache asks first");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_outranks_412_and_404() {
+    let world = World::new().await;
+    let tag = world.put("object", &bytes(8, PART));
+    world.s3.stop_accepting().await;
+    for headers in [vec![("if-match", "\"elsewhere\"")], vec![("if-match", tag.as_str())], vec![]] {
+        let answer = world.get("/m/object", &headers).await;
+        assert_eq!(answer.status, 503, "{headers:?}");
+        assert!(!answer.header("retry-after").is_empty());
+        assert_eq!(answer.header("content-type"), "application/problem+json");
+    }
+    assert_eq!(world.get("/m/missing", &[]).await.status, 503);
+    world.s3.resume().await.unwrap();
+    let lost = world.get("/m/object", &[("if-match", "\"elsewhere\"")]).await;
+    assert_eq!(lost.status, 412);
+    let problem: serde_json::Value = serde_json::from_slice(&lost.body).unwrap();
+    assert_eq!((&problem["status"], &problem["pinned"]), (&412.into(), &"\"elsewhere\"".into()));
+    assert_eq!(world.get("/m/missing", &[]).await.status, 404);
+    assert_eq!(world.get("/m/missing", &[("if-match", "\"x\"")]).await.status, 404);
+    for (effect, status) in [
+        (Effect::SlowDown { retry_after: Some(7) }, 503),
+        (Effect::InternalError, 503),
+        (Effect::AccessDenied, 502),
+        (Effect::WrongETag, 502),
+        (Effect::WrongContentRange, 502),
+        (Effect::IgnoreRange, 502),
+    ] {
+        world.s3.script(Fault::new(effect.clone()).times(2));
+        let answer = world.get("/m/object", &[("if-match", &tag), ("range", "bytes=0-9")]).await;
+        assert_eq!(answer.status, status, "{effect:?}");
+        if matches!(effect, Effect::SlowDown { .. }) {
+            assert_eq!(answer.header("retry-after"), "7", "S3's own advice is passed on");
+        }
+        world.s3.clear_faults();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_before_the_first_byte_is_no_206() {
+    let world = World::new().await;
+    let tag = world.put("object", &bytes(9, PART));
+    for headers in [vec![("if-match", tag.as_str()), ("range", "bytes=9-99")], vec![]] {
+        world.s3.script(Fault::new(Effect::ResetAfter { bytes: 0 }).on(Op::Get).times(2));
+        let answer = world.get("/m/object", &headers).await;
+        assert_eq!(answer.status, 503, "{headers:?}");
+        world.s3.clear_faults();
+    }
+    // One reset is mended within the response.
+    world.s3.script(Fault::new(Effect::ResetAfter { bytes: 0 }).on(Op::Get));
+    assert_eq!(world.get("/m/object", &[("if-match", &tag)]).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_is_resumed_at_the_exact_offset() {
+    let world = World::new().await;
+    let object = bytes(10, PART);
+    let tag = world.put("object", &object);
+    for headers in [vec![("if-match", tag.as_str())], vec![]] {
+        world.purge("/m/*").await;
+        world.s3.clear_log();
+        world.s3.script(Fault::new(Effect::ResetAfter { bytes: 700_001 }).on(Op::Get));
+        let answer = world.get("/m/object", &headers).await;
+        assert_eq!((answer.status, answer.cut), (200, false));
+        assert_eq!(answer.body, object);
+        let log = world.s3.log();
+        assert_eq!(log.len(), 2);
+        assert_eq!(log[1].range, Some(format!("bytes=700001-{}", PART - 1)));
+        assert!(log[1].guarded, "what is resumed is guarded");
+    }
+    // Replaced meanwhile: cut, never spliced.
+    world.purge("/m/*").await;
+    world.s3.script(Fault::new(Effect::ResetAfter { bytes: 700_001 }).on(Op::Get));
+    world.s3.script(Fault::new(Effect::After(replace("object", &bytes(11, PART)))).on(Op::Get));
+    let answer = world.get("/m/object", &[("if-match", &tag)]).await;
+    assert!(answer.cut);
+    assert_eq!(answer.body, object[..answer.body.len()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_head_waits_for_the_first_missing_stretch() {
+    let world = World::new().await;
+    let object = bytes(12, 2 * PART);
+    let tag = world.put("object", &object);
+    let first = world.get("/m/object", &[("if-match", &tag), ("range", "bytes=0-99")]).await;
+    assert_eq!(first.status, 206);
+    // The disk holds the start, S3 has another revision by now: 412, not 206 and a cut.
+    world.put("object", &bytes(13, 2 * PART));
+    let answer = world.get("/m/object", &[("if-match", &tag)]).await;
+    assert_eq!(answer.status, 412);
+    let held = world.get("/m/object", &[("if-match", &tag), ("range", "bytes=0-99")]).await;
+    assert_eq!((held.status, held.body), (206, object[..100].to_vec()));
+}
+
+/// Replaces the object before or after each of the remote's requests in turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn swap_between_any_two_requests() {
+    let whole = bytes(14, 2 * PART);
+    let small = bytes(15, PART);
+    for object in [&small, &whole] {
+        for pinned in [true, false] {
+            for step in 1..=4_u64 {
+                for before in [true, false] {
+                    swap(object, pinned, step, before).await;
+                }
+            }
+        }
+    }
+}
+
+async fn swap(object: &Bytes, pinned: bool, step: u64, before: bool) {
+    let case = format!("{} bytes, pinned {pinned}, request {step}, before {before}", object.len());
+    let world = World::new().await;
+    let other = bytes(16, object.len() as u64);
+    let pin = world.put("object", object);
+    let asked = AtomicU64::new(0);
+    let (old, new) = (object.clone(), other.clone());
+    world.s3.on_request(Some(Box::new(move |_| {
+        let nth = asked.fetch_add(1, Ordering::SeqCst) + 1;
+        // Replaced at `step`, and replaced back and forth ever after.
+        let with = if (nth.wrapping_sub(step)).is_multiple_of(2) { &new } else { &old };
+        if nth < step {
+            Vec::new()
+        } else if before {
+            vec![Effect::Before(replace("object", with))]
+        } else {
+            vec![Effect::After(replace("object", with))]
+        }
+    })));
+    let headers: Vec<(&str, &str)> = if pinned { vec![("if-match", &pin)] } else { vec![] };
+    let answer = world.get("/m/object", &headers).await;
+    match answer.status {
+        200 => {
+            let revision = if answer.header("etag") == pin { object } else { &other };
+            assert!(!pinned || answer.header("etag") == pin, "{case}: labelled otherwise");
+            assert!(answer.body == revision[..answer.body.len()], "{case}: mixed");
+            if answer.cut {
+                assert!(object.len() as u64 > PART, "{case}: one GET, and cut");
+            } else {
+                assert_eq!(answer.body.len(), object.len(), "{case}: ended short");
+            }
+        }
+        412 => assert!(pinned, "{case}: an unpinned request lost a pin"),
+        503 => assert!(!pinned, "{case}: all is reachable"),
+        status => panic!("{case}: {status}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_swap_during_a_wide_download_cuts_it() {
+    for versioned in [false, true] {
+        let world = World::with(Setup { versioned, ..Setup::default() }).await;
+        let object = bytes(17, 24 * PART);
+        let tag = world.put("object", &object);
+        world.s3.script(
+            Fault::new(Effect::Before(replace("object", &bytes(18, 24 * PART)))).on(Op::Get).nth(12),
+        );
+        let answer = world.get("/m/object", &[("if-match", &tag)]).await;
+        assert_eq!(answer.status, 200);
+        assert!(answer.body == object[..answer.body.len()], "mixed");
+        assert_eq!(answer.cut, !versioned, "where the bucket has versions nothing is cut");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unpinned_answers_follow_the_remote() {
+    let fresh_for = Duration::from_millis(300);
+    let world = World::with(Setup { fresh_for, ..Setup::default() }).await;
+    let old = bytes(19, PART);
+    let new = bytes(20, PART);
+    let old_tag = world.put("object", &old);
+    let label = world.get("/m/object", &[]).await;
+    assert_eq!(label.header("etag"), old_tag);
+    let new_tag = world.put("object", &new);
+    let replaced = std::time::Instant::now();
+    loop {
+        let answer = world.get("/m/object", &[]).await;
+        let late = replaced.elapsed() > fresh_for + Duration::from_millis(500);
+        if answer.header("etag") == new_tag {
+            assert_eq!(answer.body, new);
+            break;
+        }
+        assert_eq!(answer.body, old);
+        assert!(!late, "an unpinned answer is further behind than fresh_for");
+    }
+    // Unchanged: one conditional request, and the disk answers.
+    tokio::time::sleep(fresh_for).await;
+    world.s3.clear_log();
+    let answer = world.get("/m/object", &[]).await;
+    assert_eq!(answer.body, new);
+    let log = world.s3.log();
+    assert_eq!(log[0].if_none_match.as_deref(), Some(new_tag.as_str()));
+    assert_eq!(world.s3.stats().body_bytes_sent, 0);
+    // A dead pin is not handed out again, however fresh its label is.
+    world.put("object", &old);
+    assert_eq!(world.get("/m/object", &[("cache-control", "no-cache")]).await.header("etag"), old_tag);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_pin_is_not_handed_out_again() {
+    let world = World::with(Setup { fresh_for: Duration::from_secs(600), ..Setup::default() }).await;
+    let old = world.put("object", &bytes(21, 4 * PART));
+    let head = world.ask(Method::HEAD, "/m/object", &[]).await;
+    assert_eq!(head.header("etag"), old);
+    let new_bytes = bytes(22, 4 * PART);
+    let new = world.put("object", &new_bytes);
+    assert_eq!(world.get("/m/object", &[("if-match", &old)]).await.status, 412);
+    let head = world.ask(Method::HEAD, "/m/object", &[]).await;
+    assert_eq!(head.header("etag"), new, "the label was believed for ten minutes, were it not for the 412");
+    // An unpinned request that runs into a replaced object starts again by itself.
+    let newer_bytes = bytes(23, 4 * PART);
+    world.put("object", &newer_bytes);
+    let answer = world.get("/m/object", &[]).await;
+    assert_eq!((answer.status, answer.cut), (200, false));
+    assert!(answer.body == newer_bytes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stale_if_error_is_marked() {
+    let fresh_for = Duration::from_millis(1);
+    let world = World::with(Setup { fresh_for, ..Setup::default() }).await;
+    let object = bytes(24, PART);
+    world.put("object", &object);
+    assert_eq!(world.get("/m/object", &[]).await.status, 200);
+    world.s3.stop_accepting().await;
+    let world = world.restart().await;
+    let answer = world.get("/m/object", &[]).await;
+    assert_eq!(answer.status, 200, "after a restart too");
+    assert_eq!(answer.body, object);
+    assert_eq!(answer.header("cache-status"), "pinrange; hit; detail=stale-if-error");
+    assert_eq!(world.get("/m/object", &[("cache-control", "no-cache")]).await.status, 503);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_keeps_what_was_written() {
+    let world = World::new().await;
+    let object = bytes(25, 3 * PART + 1);
+    let tag = world.put("object", &object);
+    assert_eq!(world.get("/m/object", &[("if-match", &tag)]).await.status, 200);
+    let world = world.restart().await;
+    world.s3.stop_accepting().await;
+    let answer = world.get("/m/object", &[("if-match", &tag)]).await;
+    assert_eq!((answer.status, answer.cut), (200, false));
+    assert!(answer.body == object);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_hurts_nobody() {
+    let world = World::new().await;
+    let object = bytes(26, PART);
+    let tag = world.put("object", &object);
+    world.s3.script(Fault::new(Effect::StallAfter { bytes: 500_000, duration: None }).on(Op::Get));
+    let pinned = [("if-match", tag.as_str())];
+    let (status, mut leaver) = world.begin("/m/object", &pinned).await;
+    assert_eq!(status, 200);
+    leaver.frame().await.unwrap().unwrap();
+    let (_, stayer) = world.begin("/m/object", &pinned).await;
+    drop(leaver);
+    world.s3.release_stalls();
+    assert!(stayer.collect().await.unwrap().to_bytes() == object);
+    assert_eq!(world.s3.stats().gets, 1, "the fill went on for who stayed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stalled_client_holds_no_fill() {
+    let world = World::new().await;
+    let object = bytes(27, 64 * PART);
+    let tag = world.put("object", &object);
+    let (status, stalled) = world.begin("/m/object", &[("if-match", &tag)]).await;
+    assert_eq!(status, 200);
+    // The fills run ahead as far as they may, and end.
+    world.s3.wait_for_log(|log| log.len() >= 8 && log.iter().all(|entry| entry.finished)).await;
+    let sent = world.s3.stats().body_bytes_sent;
+    assert!(sent <= 20 * PART, "{sent} bytes were fetched for a client that reads nothing");
+    drop(stalled);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_without_room_fails_nothing() {
+    let full = Setup { min_free: MinFree::Percent(100.0), ..Setup::default() };
+    let world = World::with(full).await;
+    let object = bytes(28, 3 * PART + 3);
+    let tag = world.put("object", &object);
+    for headers in [vec![], vec![("if-match", tag.as_str())]] {
+        let answer = world.get("/m/object", &headers).await;
+        assert_eq!((answer.status, answer.cut), (200, false), "{headers:?}");
+        assert!(answer.body == object);
+    }
+    let ranges = [("if-match", tag.as_str()), ("range", "bytes=-10")];
+    let answer = world.get("/m/object", &ranges).await;
+    assert_eq!((answer.status, answer.body), (206, object[object.len() - 10..].to_vec()));
+    world.put("object", &bytes(29, PART));
+    assert_eq!(world.get("/m/object", &[("if-match", &tag)]).await.status, 412);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn purge_forgets_a_held_pin() {
+    let world = World::new().await;
+    let tag = world.put("dir/object", &bytes(30, PART));
+    let pinned = [("if-match", tag.as_str())];
+    for what in ["/m/dir/object", "/m/dir/*", "/m/*"] {
+        assert_eq!(world.get("/m/dir/object", &pinned).await.status, 200);
+        world.s3.stop_accepting().await;
+        assert_eq!(world.get("/m/dir/object", &pinned).await.status, 200, "held");
+        assert_eq!(world.purge(what).await, 200);
+        assert_eq!(world.get("/m/dir/object", &pinned).await.status, 503, "{what}");
+        world.s3.resume().await.unwrap();
+    }
+    world.s3.delete("bucket", "dir/object").unwrap();
+    assert_eq!(world.get("/m/dir/object", &pinned).await.status, 404);
+    assert_eq!(world.purge("/elsewhere/x").await, 404);
+    assert_eq!(world.purge("/m/../x").await, 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ranges_and_conditions_cold_and_warm() {
+    let world = World::new().await;
+    let object = bytes(31, PART + 1000);
+    let size = object.len() as u64;
+    let tag = world.put("object", &object);
+    world.put("empty", &Bytes::new());
+    let weak = format!("W/{tag}");
+    let list = format!("\"a\", {tag}");
+    let bare = tag.trim_matches('"').to_owned();
+    type Case<'a> = (&'a [(&'a str, &'a str)], u16, Option<(u64, u64)>);
+    let cases: &[Case] = &[
+        (&[], 200, Some((0, size))),
+        (&[("range", "bytes=0-")], 206, Some((0, size))),
+        (&[("range", "bytes=-5")], 206, Some((size - 5, size))),
+        (&[("range", "bytes=-99999999999")], 206, Some((0, size))),
+        (&[("range", "bytes=10-99999999999")], 206, Some((10, size))),
+        (&[("range", "bytes=99999999999-")], 416, None),
+        (&[("range", "bytes=-0")], 416, None),
+        (&[("range", "bytes=5-2")], 200, Some((0, size))),
+        (&[("range", "lines=5-9")], 200, Some((0, size))),
+        (&[("if-match", "*"), ("range", "bytes=1-1")], 206, Some((1, 2))),
+        (&[("if-match", &list), ("range", "bytes=1-2")], 206, Some((1, 3))),
+        (&[("if-match", &bare), ("range", "bytes=1-2")], 206, Some((1, 3))),
+        (&[("if-match", &weak)], 412, None),
+        (&[("if-match", "\"a\", \"b\"")], 412, None),
+        (&[("if-match", "\"a")], 400, None),
+        (&[("if-match", &tag), ("range", "bytes=99999999999-")], 416, None),
+        (&[("if-match", &tag), ("range", "bytes=-7")], 206, Some((size - 7, size))),
+        (&[("if-none-match", &tag)], 304, None),
+        (&[("if-none-match", "\"a\"")], 200, Some((0, size))),
+        (&[("if-match", &tag), ("if-none-match", &tag)], 304, None),
+        (&[("if-range", &tag), ("range", "bytes=3-5")], 206, Some((3, 6))),
+        (&[("if-range", "\"a\""), ("range", "bytes=3-5")], 200, Some((0, size))),
+        (&[("if-modified-since", "Fri, 01 Jan 2100 00:00:00 GMT")], 304, None),
+        (&[("if-unmodified-since", "Mon, 01 Jan 2001 00:00:00 GMT")], 412, None),
+    ];
+    for (headers, status, range) in cases {
+        for temperature in ["cold", "warm"] {
+            if temperature == "cold" {
+                world.purge("/m/*").await;
+            } else {
+                assert_eq!(world.get("/m/object", &[]).await.status, 200);
+            }
+            let case = format!("{temperature} {headers:?}");
+            let answer = world.get("/m/object", headers).await;
+            assert_eq!((answer.status, answer.cut), (*status, false), "{case}");
+            if let Some((start, end)) = range {
+                assert!(answer.body == slice(&object, *start, *end), "{case}: other bytes");
+                assert_eq!(answer.header("etag"), tag, "{case}");
+                assert_eq!(answer.header("accept-ranges"), "bytes", "{case}");
+                let content_range = format!("bytes {start}-{}/{size}", end - 1);
+                let expected = if *status == 206 { content_range.as_str() } else { "" };
+                assert_eq!(answer.header("content-range"), expected, "{case}");
+            }
+            if *status == 416 {
+                assert_eq!(answer.header("content-range"), format!("bytes */{size}"), "{case}");
+            }
+            if *status == 304 {
+                assert_eq!((answer.body.len(), answer.header("etag")), (0, tag.as_str()), "{case}");
+                assert_eq!(answer.header("content-length"), "", "{case}");
+            }
+        }
+    }
+    for headers in [vec![("range", "bytes=0-0")], vec![("range", "bytes=-1")]] {
+        assert_eq!(world.get("/m/empty", &headers).await.status, 416);
+    }
+    for _ in 0..2 {
+        let empty = world.get("/m/empty", &[]).await;
+        assert_eq!((empty.status, empty.header("content-length")), (200, "0"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_ranges_are_multipart() {
+    let world = World::new().await;
+    let object = bytes(32, 2 * PART);
+    let tag = world.put("object", &object);
+    let far = 2 * PART - 20;
+    let range = format!("bytes=5-9,100-199,150-250,{far}-");
+    for _ in 0..2 {
+        let answer = world.get("/m/object", &[("if-match", &tag), ("range", &range)]).await;
+        assert_eq!((answer.status, answer.cut), (206, false));
+        let boundary =
+            answer.header("content-type").strip_prefix("multipart/byteranges; boundary=").unwrap();
+        let mut expected = Vec::new();
+        let parts = [(5, 10), (100, 251), (far, 2 * PART)];
+        for (index, (start, end)) in parts.into_iter().enumerate() {
+            let lead = if index == 0 { "" } else { "\r\n" };
+            let content_type = "application/octet-stream";
+            expected.extend_from_slice(
+                format!(
+                    "{lead}--{boundary}\r\nContent-Type: {content_type}\r\nContent-Range: bytes {start}-{}/{}\r\n\r\n",
+                    end - 1,
+                    2 * PART
+                )
+                .as_bytes(),
+            );
+            expected.extend_from_slice(slice(&object, start, end));
+        }
+        expected.extend_from_slice(format!("\r\n--{boundary}--\r\n").as_bytes());
+        let strip = |body: &[u8]| {
+            String::from_utf8_lossy(body).lines().filter(|l| !l.starts_with("Content-Type")).count()
+        };
+        // S3 chooses the default content type; everything else is ours.
+        assert_eq!(strip(&answer.body), strip(&expected));
+        for (start, end) in parts {
+            let wanted = slice(&object, start, end);
+            assert!(answer.body.windows(wanted.len()).any(|window| window == wanted));
+        }
+    }
+    let bomb = (0..100).map(|i| format!("{0}-{0}", i * 10)).collect::<Vec<_>>().join(",");
+    let answer = world.get("/m/object", &[("range", &format!("bytes={bomb}"))]).await;
+    assert_eq!(answer.status, 416);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn heads_answer_for_their_gets() {
+    let world = World::new().await;
+    let object = bytes(33, 2 * PART);
+    let tag = world.put("object", &object);
+    let pinned = [("if-match", tag.as_str()), ("range", "bytes=0-9")];
+    let head = world.ask(Method::HEAD, "/m/object", &pinned).await;
+    assert_eq!((head.status, head.header("content-length")), (200, "4194304"), "Range is ignored");
+    assert_eq!(world.get("/m/object", &pinned).await.status, 206);
+    world.put("object", &bytes(34, PART));
+    let head = world.ask(Method::HEAD, "/m/object", &[("if-match", &tag)]).await;
+    assert_eq!(head.status, 412, "held in part: S3 is asked");
+    assert_eq!(world.ask(Method::HEAD, "/m/missing", &[]).await.status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fields_pass_through_and_are_renewed() {
+    let world = World::with(Setup { fresh_for: Duration::ZERO, ..Setup::default() }).await;
+    let object = bytes(35, BLOCK);
+    let put = |content_type: &str| {
+        let options =
+            PutOptions { content_type: Some(content_type.to_owned()), ..PutOptions::default() };
+        world.s3.put("bucket", "object", object.clone(), options).unwrap();
+    };
+    put("application/x-first");
+    let answer = world.get("/m/object", &[]).await;
+    assert_eq!(answer.header("content-type"), "application/x-first");
+    assert_eq!(answer.header("via"), "1.1 pinrange");
+    let mut ids = answer.headers.get_all("x-request-id").iter();
+    assert!(ids.next().is_some_and(|id| !id.is_empty()));
+    // Equal bytes, other headers, within the same second.
+    put("application/x-second");
+    let answer = world.get("/m/object", &[("x-request-id", "mine-7")]).await;
+    assert_eq!(answer.header("content-type"), "application/x-second");
+    assert_eq!(answer.header("x-request-id"), "mine-7");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_are_refused() {
+    let world = World::new().await;
+    world.put("object", &bytes(36, 10));
+    let cases = [
+        (Method::POST, "/m/object", 405),
+        (Method::PUT, "/m/object", 405),
+        (Method::DELETE, "/m/object", 405),
+        (Method::GET, "/m/object?versionId=1", 400),
+        (Method::GET, "/m/object?X-Amz-Signature=1", 400),
+        (Method::GET, "/m/object?response-content-type=x", 400),
+        (Method::GET, "/m/object?partNumber=1", 400),
+        (Method::GET, "/m/object?anything=else", 200),
+        (Method::GET, "/m/../object", 400),
+        (Method::GET, "/m/%2e%2e/object", 400),
+        (Method::GET, "/m/%00", 400),
+        (Method::GET, "/m/", 404),
+        (Method::GET, "/", 404),
+        (Method::GET, "/other/object", 404),
+        (Method::GET, "/m%2fobject", 404),
+    ];
+    for (method, path, status) in cases {
+        let answer = world.ask(method.clone(), path, &[]).await;
+        assert_eq!(answer.status, status, "{method} {path}");
+        if status == 405 {
+            assert_eq!(answer.header("allow"), "GET, HEAD");
+        }
+        if status >= 400 {
+            assert_eq!(answer.header("content-type"), "application/problem+json");
+            let text = String::from_utf8(answer.body).unwrap();
+            assert!(!text.contains("bucket") && !text.contains("127.0.0.1"), "leaks: {text}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metrics_tell_the_story() {
+    let world = World::new().await;
+    let tag = world.put("object", &bytes(37, PART));
+    for _ in 0..3 {
+        world.get("/m/object", &[("if-match", &tag)]).await;
+    }
+    let metrics = world.metrics().await;
+    assert!(metrics.contains("pinrange_"), "{metrics}");
+    assert!(!metrics.contains("object"), "a key became a label: {metrics}");
+}
