@@ -64,7 +64,7 @@ pub const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// A client that has taken no byte for a minute is gone or stalled, as nginx's `send_timeout` judges
 /// it. Any progress starts the minute anew, so slow clients are safe.
-pub const DEFAULT_PROGRESS_TIMEOUT: Duration = Duration::from_secs(60);
+pub const DEFAULT_PROGRESS_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Where the file system hierarchy puts state that outlives a restart.
 pub const DEFAULT_CACHE_DIR: &str = "/var/lib/pinrange";
@@ -96,7 +96,7 @@ pub const DEFAULT_FRESH_FOR: Duration = Duration::from_secs(2);
 
 /// Most S3 incidents and credential rotations are over in minutes; for longer, an old answer would
 /// mislead more than a refusal.
-pub const DEFAULT_STALE_IF_ERROR: Duration = Duration::from_secs(5 * 60);
+pub const DEFAULT_STALE_IF_ERROR: Duration = Duration::from_mins(5);
 
 /// A lost SYN is sent again after 1 s: three seconds let the first repetition succeed and leave time
 /// to try another address.
@@ -114,6 +114,10 @@ pub const DEFAULT_RETRIES: u32 = 3;
 
 /// What the command line may override. See `pinrange serve --help`.
 #[derive(Clone, Debug, Default, clap::Args)]
+#[expect(
+    clippy::doc_markdown,
+    reason = "these comments are the help, and terminals show no markdown"
+)]
 pub struct Flags {
     /// Address for clients; port 0 picks a free one [default: 127.0.0.1:8080]
     #[arg(long, value_name = "ADDR", help_heading = "Addresses")]
@@ -526,7 +530,11 @@ fn min_free<S: Serializer>(value: &MinFree, serializer: S) -> Result<S::Ok, S::E
     serializer.serialize_str(&units::format_min_free(*value))
 }
 
-#[expect(clippy::ref_option, reason = "the signature serialize_with asks for")]
+#[expect(
+    clippy::ref_option,
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the signature serialize_with asks for"
+)]
 fn auto<S: Serializer>(value: &Option<NonZeroUsize>, serializer: S) -> Result<S::Ok, S::Error> {
     match value {
         Some(threads) => threads.serialize(serializer),

@@ -148,9 +148,7 @@ impl Metrics {
         ttfb: Duration,
         total: Duration,
     ) {
-        self.0
-            .requests
-            .with([verdict, tier], |counter| counter.inc());
+        self.0.requests.with([verdict, tier], Counter::inc);
         self.0
             .ttfb
             .with([tier], |histogram| histogram.observe(ttfb));
@@ -164,12 +162,10 @@ impl Metrics {
         self.0.sent.with([tier], |counter| counter.inc_by(bytes));
     }
 
-    /// One S3 request: `op` is stat, read or read_current; `result` is ok or a `RemoteErrorKind` label;
+    /// One S3 request: `op` is stat, read or `read_current`; `result` is ok or a `RemoteErrorKind` label;
     /// `ttfb` is the time to the response's head, or to the failure.
     pub fn remote_request(&self, op: &'static str, result: &'static str, ttfb: Duration) {
-        self.0
-            .remote_requests
-            .with([op, result], |counter| counter.inc());
+        self.0.remote_requests.with([op, result], Counter::inc);
         self.0
             .remote_ttfb
             .with([op], |histogram| histogram.observe(ttfb));
@@ -217,6 +213,7 @@ impl Metrics {
 
     /// Everything, in the format of [`Metrics::CONTENT_TYPE`]. The disk tier counts for itself, so its
     /// numbers are handed in at each scrape; `None`: there is no disk tier (yet).
+    #[expect(clippy::missing_panics_doc, reason = "writing to a String cannot fail")]
     pub fn encode(&self, disk: Option<&DiskStats>) -> String {
         let mut text = String::new();
         encode_registry(&mut text, &self.0.registry)
@@ -489,5 +486,233 @@ impl EncodeMetric for Histogram {
 
     fn metric_type(&self) -> MetricType {
         Self::TYPE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+
+    /// The samples of an exposition, by series, after checking its form: each family announced by HELP and TYPE once,
+    /// its samples right behind them, no series twice, `# EOF` at the end.
+    fn parse(text: &str) -> BTreeMap<String, String> {
+        let body = text.strip_suffix("# EOF\n").expect("ends with EOF");
+        let mut families = BTreeSet::new();
+        let mut samples = BTreeMap::new();
+        let (mut help, mut family) = ("", "");
+        for line in body.lines() {
+            if let Some(rest) = line.strip_prefix("# HELP ") {
+                let (name, sentence) = rest.split_once(' ').expect(line);
+                assert!(sentence.len() > 3, "{line}");
+                assert!(families.insert(name.to_owned()), "announced twice: {line}");
+                help = name;
+            } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = rest.split_once(' ').expect(line);
+                assert_eq!(name, help, "TYPE follows HELP");
+                assert!(
+                    ["counter", "gauge", "histogram", "info"].contains(&kind),
+                    "{line}"
+                );
+                family = name;
+            } else if let Some(rest) = line.strip_prefix("# UNIT ") {
+                let (name, unit) = rest.split_once(' ').expect(line);
+                assert_eq!(name, family);
+                assert!(name.ends_with(unit), "{line}");
+            } else {
+                let (series, value) = line.rsplit_once(' ').expect(line);
+                let name = series.split('{').next().unwrap();
+                let suffix = name.strip_prefix(family).expect(line);
+                assert!(
+                    ["", "_total", "_sum", "_count", "_bucket", "_info"].contains(&suffix),
+                    "{line}"
+                );
+                assert!(name.starts_with("pinrange_"), "{line}");
+                value.parse::<f64>().expect(line);
+                assert!(
+                    samples
+                        .insert(series.to_owned(), value.to_owned())
+                        .is_none(),
+                    "twice: {line}"
+                );
+            }
+        }
+        samples
+    }
+
+    fn record_everything(metrics: &Metrics) {
+        metrics.request(
+            "partial",
+            "disk",
+            Duration::from_micros(50),
+            Duration::from_millis(2),
+        );
+        metrics.request(
+            "precondition_failed",
+            "none",
+            Duration::ZERO,
+            Duration::from_secs(1000),
+        );
+        metrics.sent_bytes("disk", 4096);
+        metrics.remote_request("read", "ok", Duration::from_millis(30));
+        metrics.remote_request("read", "timeout", Duration::from_secs(10));
+        metrics.remote_bytes(1 << 40);
+        metrics.fill_started();
+        metrics.fill_started();
+        metrics.fill_finished("done");
+        metrics.followers(3);
+        metrics.followers(-1);
+        metrics.open_responses(1);
+        metrics.connections(2);
+        metrics.aborted("remote");
+    }
+
+    #[test]
+    fn what_is_recorded_can_be_scraped() {
+        let metrics = Metrics::default();
+        record_everything(&metrics.clone());
+        let stats = DiskStats {
+            used_bytes: 10,
+            capacity_bytes: 20,
+            evictions: 3,
+            evicted_bytes: 4,
+            revisions_in_memory: 5,
+            degraded: true,
+        };
+        let samples = parse(&metrics.encode(Some(&stats)));
+        for (series, value) in [
+            (
+                "pinrange_requests_total{verdict=\"partial\",tier=\"disk\"}",
+                "1",
+            ),
+            (
+                "pinrange_requests_total{verdict=\"precondition_failed\",tier=\"none\"}",
+                "1",
+            ),
+            (
+                "pinrange_requests_total{verdict=\"full\",tier=\"fill\"}",
+                "0",
+            ),
+            (
+                "pinrange_request_ttfb_seconds_bucket{le=\"0.0001\",tier=\"disk\"}",
+                "1",
+            ),
+            (
+                "pinrange_request_duration_seconds_bucket{le=\"0.001\",tier=\"disk\"}",
+                "0",
+            ),
+            (
+                "pinrange_request_duration_seconds_bucket{le=\"0.003\",tier=\"disk\"}",
+                "1",
+            ),
+            (
+                "pinrange_request_duration_seconds_bucket{le=\"300.0\",tier=\"none\"}",
+                "0",
+            ),
+            (
+                "pinrange_request_duration_seconds_bucket{le=\"+Inf\",tier=\"none\"}",
+                "1",
+            ),
+            (
+                "pinrange_request_duration_seconds_count{tier=\"none\"}",
+                "1",
+            ),
+            (
+                "pinrange_request_duration_seconds_sum{tier=\"none\"}",
+                "1000.0",
+            ),
+            ("pinrange_sent_bytes_total{tier=\"disk\"}", "4096"),
+            (
+                "pinrange_remote_requests_total{op=\"read\",result=\"ok\"}",
+                "1",
+            ),
+            (
+                "pinrange_remote_requests_total{op=\"read\",result=\"timeout\"}",
+                "1",
+            ),
+            ("pinrange_remote_ttfb_seconds_count{op=\"read\"}", "2"),
+            ("pinrange_remote_received_bytes_total", "1099511627776"),
+            ("pinrange_fills_started_total", "2"),
+            ("pinrange_fills_finished_total{outcome=\"done\"}", "1"),
+            ("pinrange_fills", "1"),
+            ("pinrange_followers", "2"),
+            ("pinrange_open_responses", "1"),
+            ("pinrange_connections", "2"),
+            ("pinrange_aborted_total{reason=\"remote\"}", "1"),
+            ("pinrange_disk_used_bytes", "10"),
+            ("pinrange_disk_capacity_bytes", "20"),
+            ("pinrange_disk_evictions_total", "3"),
+            ("pinrange_disk_evicted_bytes_total", "4"),
+            ("pinrange_disk_revisions", "5"),
+            ("pinrange_disk_degraded", "1"),
+            (
+                concat!(
+                    "pinrange_build_info{version=\"",
+                    env!("CARGO_PKG_VERSION"),
+                    "\"}"
+                ),
+                "1",
+            ),
+        ] {
+            assert_eq!(
+                samples.get(series).map(String::as_str),
+                Some(value),
+                "{series} in {samples:#?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_scrape_before_anything_happened_is_well_formed() {
+        let samples = parse(&Metrics::default().encode(None));
+        assert_eq!(samples["pinrange_fills"], "0");
+        assert!(
+            !samples
+                .keys()
+                .any(|series| series.starts_with("pinrange_disk"))
+        );
+    }
+
+    #[test]
+    fn a_bound_belongs_to_its_bucket_and_buckets_add_up() {
+        let histogram = Histogram::default();
+        for bound in SECONDS {
+            histogram.observe(Duration::from_secs_f64(bound));
+        }
+        let counts: Vec<u64> = histogram
+            .0
+            .buckets
+            .iter()
+            .map(|b| b.load(Relaxed))
+            .collect();
+        assert_eq!(counts[..SECONDS.len()], [1; SECONDS.len()]);
+        assert_eq!(counts[SECONDS.len()], 0);
+        assert!(SECONDS.is_sorted());
+    }
+
+    #[test]
+    fn concurrent_records_are_all_counted() {
+        let metrics = Metrics::default();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..1000 {
+                        record_everything(&metrics);
+                    }
+                });
+            }
+        });
+        let samples = parse(&metrics.encode(None));
+        assert_eq!(
+            samples["pinrange_requests_total{verdict=\"partial\",tier=\"disk\"}"],
+            "4000"
+        );
+        assert_eq!(
+            samples["pinrange_request_ttfb_seconds_count{tier=\"disk\"}"],
+            "4000"
+        );
+        assert_eq!(samples["pinrange_fills"], "4000");
+        assert_eq!(samples["pinrange_followers"], "8000");
     }
 }

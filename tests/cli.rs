@@ -1,5 +1,10 @@
 //! The command line of the built program: exit codes, streams and help.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot be set up has failed"
+)]
+
 use std::process::{Command, Output};
 
 /// The program with nothing of this test's environment that is its own.

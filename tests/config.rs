@@ -1,5 +1,10 @@
 //! The configuration from the outside: layers, messages with their places, the example file.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot be set up has failed"
+)]
+
 use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
@@ -41,10 +46,15 @@ fn env_message(env: &[(&str, &str)]) -> String {
     load(MINIMAL, env, &Flags::default()).expect_err("refused")
 }
 
+fn assert_messages(cases: &[(&str, &str)]) {
+    for (toml, expected) in cases {
+        assert_eq!(message(toml), *expected);
+    }
+}
+
 #[test]
-fn file_errors_name_line_and_column() {
-    for (toml, expected) in [
-        // Names.
+fn unknown_keys_are_named_with_line_and_column() {
+    assert_messages(&[
         (
             "[server]\nlissten = \"127.0.0.1:1\"\n",
             "pinrange.toml:5:1: unknown key `lissten`, expected one of `listen`, `admin`, \
@@ -64,7 +74,12 @@ fn file_errors_name_line_and_column() {
              credentials come from the standard AWS chain only (environment, profile, instance \
              role), never from this file",
         ),
-        // Types.
+    ]);
+}
+
+#[test]
+fn values_of_the_wrong_type_are_refused_in_their_place() {
+    assert_messages(&[
         (
             "[cache]\ncapacity = [1]\n",
             "pinrange.toml:5:12: invalid type: sequence, expected a string, a number, true or false",
@@ -104,7 +119,12 @@ fn file_errors_name_line_and_column() {
             "[server]\nlog_format = \"xml\"\n",
             "pinrange.toml:5:14: server.log_format: \"xml\" is no log format; write text or json",
         ),
-        // Units.
+    ]);
+}
+
+#[test]
+fn sizes_and_durations_without_sense_are_refused_in_their_place() {
+    assert_messages(&[
         (
             "[cache]\n  capacity   =   \"5x\"\n",
             "pinrange.toml:5:18: cache.capacity: \"5x\" is not a size: no unit \"x\"; use B, KiB, MiB, \
@@ -128,7 +148,12 @@ fn file_errors_name_line_and_column() {
             "[server]\nheader_max_bytes = \"1KiB\"\n",
             "pinrange.toml:5:20: server.header_max_bytes: 1KiB is out of bounds; write 8KiB to 1MiB",
         ),
-        // Sizes that do not fit each other.
+    ]);
+}
+
+#[test]
+fn sizes_that_do_not_fit_each_other_are_refused_in_their_place() {
+    assert_messages(&[
         (
             "[cache]\nblock_size = \"300KiB\"\n",
             "pinrange.toml:5:14: cache.block_size: 300KiB is not a power of two; write 256KiB or 512KiB",
@@ -148,7 +173,12 @@ fn file_errors_name_line_and_column() {
             "pinrange.toml:5:13: cache.part_size: fill_budget (256MiB) does not hold one part of \
              512MiB, so no fill could start; raise fill_budget or lower part_size",
         ),
-        // Addresses.
+    ]);
+}
+
+#[test]
+fn addresses_that_cannot_be_bound_are_refused_in_their_place() {
+    assert_messages(&[
         (
             "[server]\nlisten = \":80\"\n",
             "pinrange.toml:5:10: server.listen: \":80\" has no address; write 127.0.0.1:80, or \
@@ -173,7 +203,12 @@ fn file_errors_name_line_and_column() {
             "pinrange.toml:5:10: server.listen: listen (0.0.0.0:8081) and admin (127.0.0.1:8081) \
              cannot share a port; give them two",
         ),
-        // Mounts.
+    ]);
+}
+
+#[test]
+fn mounts_that_cannot_work_are_refused_in_their_place() {
+    assert_messages(&[
         (
             "[[mount]]\npath = \"/a\"\nbucket = \"other\"\n",
             "pinrange.toml:5:8: mount.path: \"/a\" is mounted already (pinrange.toml:2:8); give each \
@@ -197,14 +232,15 @@ fn file_errors_name_line_and_column() {
             "region = \"\"\n",
             "pinrange.toml:4:10: mount.region: \"\" is not a region; write it like eu-central-1",
         ),
-        // Columns are characters, not bytes.
-        (
-            "prefix = \"ä\" oops\n",
-            "pinrange.toml:4:14: unexpected key or value, expected newline, `#`",
-        ),
-    ] {
-        assert_eq!(message(toml), expected);
-    }
+    ]);
+}
+
+#[test]
+fn columns_count_characters() {
+    assert_messages(&[(
+        "prefix = \"ä\" oops\n",
+        "pinrange.toml:4:14: unexpected key or value, expected newline, `#`",
+    )]);
 }
 
 #[test]
@@ -632,10 +668,11 @@ fn the_example_file_tells_the_truth() {
             .and_then(|rest| rest.split_once(" = "))
             .is_some_and(|(key, _)| key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'))
     };
-    let uncommented: String = example
+    let lines: Vec<_> = example
         .lines()
-        .map(|line| format!("{}\n", if is_key(line) { &line[1..] } else { line }))
+        .map(|line| if is_key(line) { &line[1..] } else { line })
         .collect();
+    let uncommented = lines.join("\n");
     // These have no default, so the example's values are added to what is as shipped.
     let mut defaults = file(example).unwrap();
     defaults.mounts[0].endpoint = Some("http://127.0.0.1:3900".into());

@@ -41,6 +41,10 @@ pub struct Cli {
 
 /// What to do.
 #[derive(Debug, Subcommand)]
+#[expect(
+    clippy::doc_markdown,
+    reason = "these comments are the help, and terminals show no markdown"
+)]
 #[expect(clippy::exhaustive_enums, reason = "closed: main dispatches every one")]
 pub enum Command {
     /// Run a replica
@@ -64,6 +68,10 @@ pub enum Command {
 
 /// Where the configuration file is.
 #[derive(Args, Clone, Debug, Default)]
+#[expect(
+    clippy::doc_markdown,
+    reason = "these comments are the help, and terminals show no markdown"
+)]
 pub struct ConfigFile {
     /// Configuration file [default: what PINRANGE_CONFIG names, else none]
     #[arg(

@@ -37,7 +37,7 @@ const DURATION_UNITS: [(&str, u128); 5] = [
 ];
 
 /// Far beyond any sensible setting, and near enough that adding it to a clock cannot overflow.
-const LONGEST: Duration = Duration::from_secs(365 * 86_400);
+const LONGEST: Duration = Duration::from_hours(365 * 24);
 
 const SIZE_HELP: &str = "write a number and a unit, such as 256KiB, 100GB or 1.5GiB";
 const DURATION_HELP: &str = "write a number and a unit, such as 500ms, 2s, 5m or 1h30m";
@@ -79,7 +79,7 @@ pub(super) fn format_size(bytes: u64) -> String {
     SIZE_UNITS[..5]
         .iter()
         .rev()
-        .find(|(_, factor)| bytes >= *factor && bytes % factor == 0)
+        .find(|(_, factor)| bytes >= *factor && bytes.is_multiple_of(*factor))
         .map_or_else(
             || format!("{bytes}B"),
             |(name, factor)| format!("{}{name}", bytes / factor),
