@@ -27,6 +27,7 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 
 use crate::disk::{DiskConfig, MinFree};
+pub use crate::mount::ForbiddenAs;
 use crate::telemetry::LogFormat;
 
 const KIB: u64 = 1 << 10;
@@ -44,6 +45,10 @@ pub const DEFAULT_ADMIN: SocketAddr =
 /// What Kubernetes grants between SIGTERM and SIGKILL unless told otherwise (systemd: 90 s). Raise both for
 /// downloads that should outlive a deployment.
 pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Two periods of a load balancer's usual one-second health check: it has looked elsewhere before the
+/// listener closes. Only SIGTERM waits; Ctrl-C does not.
+pub const DEFAULT_DRAIN_GRACE: Duration = Duration::from_secs(2);
 
 /// Each open response may hold two descriptors, its socket and a segment file: 10000 of them fit the
 /// 20000 or more that service managers grant, and a smaller `RLIMIT_NOFILE` lowers it
@@ -191,6 +196,38 @@ pub struct Config {
     pub dev: Option<PathBuf>,
 }
 
+impl Config {
+    /// Every default, and these mounts: what `demo` and tests start from.
+    pub fn with_mounts(mounts: Vec<MountConfig>) -> Self {
+        Self {
+            server: ServerConfig {
+                listen: DEFAULT_LISTEN,
+                admin: DEFAULT_ADMIN,
+                drain_timeout: DEFAULT_DRAIN_TIMEOUT,
+                drain_grace: DEFAULT_DRAIN_GRACE,
+                log_format: LogFormat::default(),
+                worker_threads: None,
+                max_connections: DEFAULT_MAX_CONNECTIONS,
+                header_timeout: DEFAULT_HEADER_TIMEOUT,
+                header_max_bytes: usize_of(DEFAULT_HEADER_MAX_BYTES),
+                idle_timeout: DEFAULT_IDLE_TIMEOUT,
+                progress_timeout: DEFAULT_PROGRESS_TIMEOUT,
+            },
+            cache: CacheConfig {
+                dir: DEFAULT_CACHE_DIR.into(),
+                capacity: DEFAULT_CAPACITY,
+                min_free: DEFAULT_MIN_FREE,
+                block_size: DEFAULT_BLOCK_SIZE,
+                part_size: DEFAULT_PART_SIZE,
+                fill_budget: DEFAULT_FILL_BUDGET,
+                fan_out: DEFAULT_FAN_OUT,
+            },
+            mounts,
+            dev: None,
+        }
+    }
+}
+
 /// `[server]`
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ServerConfig {
@@ -201,6 +238,9 @@ pub struct ServerConfig {
     /// How long responses under way may take to end once the process was asked to stop.
     #[serde(serialize_with = "duration")]
     pub drain_timeout: Duration,
+    /// How long after SIGTERM `/readyz` says 503 while connections are still taken.
+    #[serde(serialize_with = "duration")]
+    pub drain_grace: Duration,
     /// Log lines for people or for machines.
     pub log_format: LogFormat,
     /// Threads of the runtime; `None`: one per core.
@@ -325,22 +365,6 @@ impl MountConfig {
             retries: DEFAULT_RETRIES,
         }
     }
-}
-
-/// What a 403 of S3 is answered with. S3 says 403 for a *missing* key to whoever may not list the bucket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[expect(
-    clippy::exhaustive_enums,
-    reason = "closed: the two answers DESIGN.md §3 knows"
-)]
-pub enum ForbiddenAs {
-    /// Our credentials are wrong: 502, so that nobody takes an outage of access for a deletion.
-    #[default]
-    #[serde(rename = "502")]
-    BadGateway,
-    /// The key is missing: 404, for buckets that we may read but not list.
-    #[serde(rename = "404")]
-    NotFound,
 }
 
 /// Why a configuration was refused: every problem that was found, at least one.

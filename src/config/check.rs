@@ -166,6 +166,7 @@ impl Checker<'_> {
                 DEFAULT_DRAIN_TIMEOUT,
                 duration
             ),
+            drain_grace: read!(self, "server", raw.drain_grace, DEFAULT_DRAIN_GRACE, duration),
             log_format: read!(
                 self,
                 "server",
