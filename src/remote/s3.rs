@@ -674,6 +674,14 @@ impl Head {
             .ok_or_else(|| protocol(op, "a 206 without Content-Range"))?;
         let (first, last, size) = content_range(field)
             .ok_or_else(|| protocol(op, format!("Content-Range {field:?} names no range")))?;
+        if size == 0 {
+            // Garage answers a suffix of an empty object with 206 and `bytes 0-18446744073709551615/0`.
+            return Err(RemoteError::new(
+                RemoteErrorKind::Unsatisfiable { size: Some(0) },
+                op,
+                "the object is empty",
+            ));
+        }
         let range = want
             .resolve(size)
             .filter(|range| (range.start(), range.last()) == (first, last))
@@ -992,8 +1000,8 @@ fn classify(op: &'static str, head: &Head, code: Option<&str>) -> (RemoteErrorKi
         ),
         (403, _) => (
             Kind::Forbidden,
-            "S3 denies access; it says so for missing keys too unless s3:ListBucket is allowed \
-             beside s3:GetObject"
+            "S3 denies access: check the access key and that it may s3:GetObject. Unless it may \
+             s3:ListBucket too, S3 says so for keys that do not exist"
                 .to_owned(),
         ),
         (status, _) => (Kind::Protocol, format!("unexpected status {status}")),
