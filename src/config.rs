@@ -209,7 +209,7 @@ impl Config {
                 worker_threads: None,
                 max_connections: DEFAULT_MAX_CONNECTIONS,
                 header_timeout: DEFAULT_HEADER_TIMEOUT,
-                header_max_bytes: usize_of(DEFAULT_HEADER_MAX_BYTES),
+                header_max_bytes: check::usize_of(DEFAULT_HEADER_MAX_BYTES),
                 idle_timeout: DEFAULT_IDLE_TIMEOUT,
                 progress_timeout: DEFAULT_PROGRESS_TIMEOUT,
             },

@@ -18,7 +18,7 @@ use http::Uri;
 use super::raw::{Origin, RawCache, RawConfig, RawMount, RawServer, Scalar, Value};
 use super::{
     CacheConfig, Config, ConfigError, DEFAULT_ADMIN, DEFAULT_BLOCK_SIZE, DEFAULT_CACHE_DIR,
-    DEFAULT_CAPACITY, DEFAULT_DRAIN_TIMEOUT, DEFAULT_FAN_OUT, DEFAULT_FILL_BUDGET,
+    DEFAULT_CAPACITY, DEFAULT_DRAIN_GRACE, DEFAULT_DRAIN_TIMEOUT, DEFAULT_FAN_OUT, DEFAULT_FILL_BUDGET,
     DEFAULT_HEADER_MAX_BYTES, DEFAULT_HEADER_TIMEOUT, DEFAULT_IDLE_TIMEOUT, DEFAULT_LISTEN,
     DEFAULT_MAX_CONNECTIONS, DEFAULT_MIN_FREE, DEFAULT_PART_SIZE, DEFAULT_PROGRESS_TIMEOUT,
     ForbiddenAs, GIB, KIB, MIB, MountConfig, Place, Problem, ServerConfig, Source, units,
@@ -502,7 +502,7 @@ fn size(within: RangeInclusive<u64>) -> impl FnOnce(&Value) -> Result<u64, Strin
 }
 
 /// A size whose bounds fit a `usize` on every platform.
-fn usize_of(bytes: u64) -> usize {
+pub(super) fn usize_of(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
