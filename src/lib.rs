@@ -1,5 +1,6 @@
 //! pinrange: serves big snapshot files out of S3.
 #![expect(missing_docs, reason = "skeleton")]
+pub mod cli;
 pub mod disk;
 pub mod object;
 pub mod remote;
