@@ -82,7 +82,7 @@ impl Default for Limits {
     /// For the data listener.
     fn default() -> Self {
         Self {
-            // At some 20 KiB each (hyper's two buffers and the task) 80 MiB when all are taken; the
+            // At an estimated 20 KiB each (hyper's two buffers and the task) 80 MiB in all; the
             // wide downloaders we know open 16 to 64 each.
             max_connections: 4096,
             // Twice what nginx and S3 take, so that we are never the stricter one.
@@ -135,8 +135,8 @@ impl<H: Handler> Acceptor<H> {
             .half_close(true)
             // The number of fields is left at hyper's default of 100, which costs no allocation.
             .max_buf_size(limits.max_head)
-            // SendfileIo's timeouts tell idle connections from slow heads, and cost less than a
-            // timer a request.
+            // SendfileIo has timeouts of its own, which tell idle connections from slow heads;
+            // hyper's one covers both together.
             .header_read_timeout(None);
         Self {
             listener,
@@ -244,8 +244,7 @@ impl<H: Handler> Serving<H> {
             queue: SendQueue::default(),
         };
         let io = SendfileIo::new(tcp, info.queue.clone(), self.page_in.clone(), self.timeouts);
-        // Borrowed, not shared: a count that all workers touch on every request would cost more
-        // than the parsing.
+        // Borrowed, not shared: requests touch no reference count that all workers share.
         let (handler, conn) = (&*self.handler, &info);
         let service = service_fn(move |request| async move {
             Ok::<_, Infallible>(handler.handle(request, conn).await)

@@ -54,7 +54,7 @@ use crate::disk::FileExtent;
 const SLICE: u64 = 1 << 20;
 
 /// Most bytes that are sent before other tasks get their turn, however fast the client takes them.
-/// Tokio's own budget counts calls, and 128 slices would be a hundred times as much.
+/// Tokio's own budget counts calls, and 128 slices would be thirty times as much.
 const BURST: u64 = 4 << 20;
 
 /// Stands in hyper's slice list where a file extent belongs. Not a `const` and not empty: its

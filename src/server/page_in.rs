@@ -4,7 +4,7 @@
 //! sendfile from a page that has to be read from the disk blocks its thread for as long as the disk
 //! takes, and with it every connection of that worker. So [`SendfileIo`](super::io::SendfileIo)
 //! asks before each call whether the bytes are there (`is_resident`, one system call of less than
-//! half a microsecond) and if not, lets `load` read them on the blocking pool.
+//! a microsecond) and if not, lets `load` read them on the blocking pool.
 //!
 //! Loading is itself a sendfile, into `/dev/null`: it takes the same path through the page cache as
 //! the real one, waits until the pages are there, and copies nothing.
