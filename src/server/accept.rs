@@ -85,7 +85,7 @@ impl Default for Limits {
             // At an estimated 20 KiB each (hyper's two buffers and the task) 80 MiB in all; the
             // wide downloaders we know open 16 to 64 each.
             max_connections: 4096,
-            // Twice what nginx and S3 take, so that we are never the stricter one.
+            // Twice the 8 KiB that S3 allows, so that we are never the stricter one.
             max_head: 16 << 10,
             timeouts: Timeouts {
                 // A head is one packet; this bounds who sends it byte by byte.
