@@ -4,4 +4,5 @@ pub mod disk;
 pub mod object;
 pub mod remote;
 pub mod semantics;
+pub mod strict_s3;
 pub mod telemetry;
