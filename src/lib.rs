@@ -41,6 +41,6 @@ pub mod payload;
 pub mod remote;
 pub mod semantics;
 pub mod server;
-//SS
+pub mod strict_s3;
 pub mod telemetry;
 pub mod tiers;

@@ -3,16 +3,20 @@
 
 mod support;
 
+use std::collections::HashSet;
 use std::error::Error as _;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
 use pinrange::object::Validator;
+use pinrange::remote::conformance::{self, Fixture as _};
 use pinrange::remote::s3::{S3Remote, S3Settings};
 use pinrange::remote::{Current, Guard, Remote as _, RemoteError, RemoteErrorKind, RemoteRead};
 use pinrange::semantics::RangeSpec;
 
+use pinrange::strict_s3::{Credentials, Effect, Fault, Options, StrictS3};
+use support::bucket::{Access, Bucket};
 use support::wire::{Step, Wire};
 
 const TEN: RangeSpec = RangeSpec::Closed { first: 0, last: 9 };
@@ -92,6 +96,145 @@ async fn drain(read: RemoteRead) -> (Vec<u8>, Option<RemoteErrorKind>) {
         }
     }
     (bytes, None)
+}
+
+/// A server that enforces what others may forget, and that counts.
+async fn strict(options: Options) -> (StrictS3, Access) {
+    let credentials = Credentials {
+        access_key: "test-key".to_owned(),
+        secret_key: "test-secret".to_owned(),
+    };
+    let options = Options {
+        credentials: Some(credentials.clone()),
+        ..options
+    };
+    let server = StrictS3::start(options).await.expect("a port on loopback");
+    let access = Access {
+        endpoint: server.endpoint(),
+        region: "us-east-1".to_owned(),
+        bucket: "snapshots".to_owned(),
+        key_id: credentials.access_key,
+        secret: credentials.secret_key,
+    };
+    (server, access)
+}
+
+async fn conforms_over(options: Options, versioned: bool) {
+    let (_server, access) = strict(options).await;
+    conformance::run(&Bucket::open(&access, versioned).await).await;
+}
+
+#[tokio::test]
+async fn conforms() {
+    conforms_over(Options::memory(["snapshots"]), false).await;
+}
+
+#[tokio::test]
+async fn conforms_with_versions() {
+    conforms_over(Options::versioned(["snapshots"]), true).await;
+}
+
+#[tokio::test]
+async fn a_guarded_read_is_one_guarded_request() {
+    const READS: u64 = 20;
+    let (server, access) = strict(Options::memory(["snapshots"])).await;
+    let bucket = Bucket::open(&access, false).await;
+    bucket.put("key", vec![7; 100_000].into(), &[]).await;
+    let stat = bucket.remote.stat("key", None).await.unwrap();
+    let guard = Guard {
+        validator: stat.validator,
+        ..guard()
+    };
+    server.clear_log();
+    for _ in 0..READS {
+        let read = bucket.remote.read(&guard, RangeSpec::From(1)).await;
+        assert_eq!(collect(read.unwrap()).await.unwrap().len(), 99_999);
+    }
+    let stats = server.stats();
+    assert_eq!((stats.requests, stats.unguarded_gets), (READS, 0));
+    let connections: HashSet<u64> = server.log().iter().map(|entry| entry.connection).collect();
+    assert!(
+        connections.len() < 10,
+        "connections are kept: {connections:?}"
+    );
+
+    let read = bucket.remote.read_current("key", None, None).await.unwrap();
+    assert!(matches!(read, Current::Read(_)));
+    assert_eq!(
+        server.stats().unguarded_gets,
+        1,
+        "a read that labels itself has no guard"
+    );
+}
+
+/// The same lies and cuts as below, from a server that tells the truth otherwise.
+#[tokio::test]
+async fn faults_of_a_real_exchange_are_told_apart() {
+    use RemoteErrorKind as Kind;
+    let (server, access) = strict(Options::memory(["snapshots"])).await;
+    let bucket = Bucket::open(&access, false).await;
+    bucket.put("key", vec![7; 1000].into(), &[]).await;
+    let settings = S3Settings {
+        stall_timeout: Duration::from_millis(200),
+        ..access.settings()
+    };
+    let remote = S3Remote::connect(settings).await.unwrap();
+    let stat = remote.stat("key", None).await.unwrap();
+    let right = Guard {
+        validator: stat.validator,
+        ..guard()
+    };
+    let wrong = guard();
+    let retry_after = Some(Duration::from_secs(3));
+    let want = RangeSpec::Closed {
+        first: 100,
+        last: 899,
+    };
+    for (guard, effect, kind) in [
+        (&right, Effect::WrongContentRange, Kind::Protocol),
+        (&right, Effect::WrongETag, Kind::Protocol),
+        (&right, Effect::IgnoreRange, Kind::Protocol),
+        (&wrong, Effect::IgnoreIfMatch, Kind::Protocol),
+        (
+            &right,
+            Effect::ShortContentLength { missing: 1 },
+            Kind::Protocol,
+        ),
+        (&right, Effect::ResetAfter { bytes: 10 }, Kind::Unavailable),
+        (&right, Effect::CloseAfter { bytes: 799 }, Kind::Unavailable),
+        (
+            &right,
+            Effect::StallAfter {
+                bytes: 10,
+                duration: None,
+            },
+            Kind::Timeout,
+        ),
+        (
+            &right,
+            Effect::SlowDown {
+                retry_after: Some(3),
+            },
+            Kind::Throttled { retry_after },
+        ),
+        (&right, Effect::InternalError, Kind::Unavailable),
+        (&right, Effect::AccessDenied, Kind::Forbidden),
+    ] {
+        let what = effect.label();
+        server.script(Fault::new(effect));
+        let end = match remote.read(guard, want).await {
+            Err(error) => Some(error.kind),
+            Ok(read) => drain(read).await.1,
+        };
+        assert_eq!(end, Some(kind), "{what}");
+        server.release_stalls();
+    }
+    // Nothing of that sticks.
+    assert!(
+        collect(remote.read(&right, want).await.unwrap())
+            .await
+            .is_ok()
+    );
 }
 
 #[tokio::test]

@@ -6,7 +6,8 @@
 //! waits for a call.
 //!
 //! ```
-//! # use pinrange::remote::{RemoteErrorKind, fault::{Effect, FaultRemote, Gate, Op}, memory::MemoryRemote};
+//! # use pinrange::remote::fault::{Effect, FaultRemote, Gate, Op};
+//! # use pinrange::remote::{RemoteErrorKind, memory::MemoryRemote};
 //! let memory = MemoryRemote::new();
 //! let remote = FaultRemote::new(memory.clone());
 //! // The first guarded read breaks after 100 bytes; the second finds the object replaced.

@@ -3,7 +3,7 @@
 //! The SDK resolves credentials, signs, and moves bytes. What a response *means* is read here, from
 //! its raw status and fields, because the SDK's types drop what we need (`GetObjectOutput` has no
 //! status; 304 and an empty 412 come as "unhandled") and refuse what we can live with (a malformed
-//! `Last-Modified` fails the whole GET). So each request carries a [`Tap`], an interceptor that
+//! `Last-Modified` fails the whole GET). So each request carries a `Tap`, an interceptor that
 //! takes the response's head before the SDK looks at it, and the SDK is left with the body:
 //!
 //! ```text
