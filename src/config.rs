@@ -41,8 +41,12 @@ pub const DEFAULT_LISTEN: SocketAddr =
 pub const DEFAULT_ADMIN: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8081);
 
-/// What Kubernetes grants between SIGTERM and SIGKILL unless told otherwise (systemd: 90 s). Raise both for
-/// downloads that should outlive a deployment.
+/// A load balancer asks `/readyz` every few seconds and Kubernetes takes about as long to tell its nodes:
+/// until they have looked away, a closed port would be an error to somebody.
+pub const DEFAULT_DRAIN_GRACE: Duration = Duration::from_secs(5);
+
+/// Half a minute lets a part or two of a slow client end. With [`DEFAULT_DRAIN_GRACE`] it is 35 s: less than the 90 s that
+/// systemd waits before it kills, more than the 30 s of Kubernetes (`terminationGracePeriodSeconds: 40` fits).
 pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Each open response may hold two descriptors, its socket and a segment file: 10000 of them fit the
@@ -56,7 +60,7 @@ pub const DEFAULT_HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What nginx takes in all (4 × 8 KiB): room for a long `If-Match` list and a proxy's cookies, and at most 320 MiB if
 /// all of [`DEFAULT_MAX_CONNECTIONS`] fill it.
-pub const DEFAULT_HEADER_MAX_BYTES: u64 = 32 * KIB;
+pub const DEFAULT_HEADER_MAX_BYTES: usize = 32 << 10;
 
 /// Longer than the 60 s after which the usual load balancers drop an idle connection, so that the
 /// balancer closes first and never sends a request into our close.
@@ -198,7 +202,10 @@ pub struct ServerConfig {
     pub listen: SocketAddr,
     /// The admin listener. Port 0: any free one.
     pub admin: SocketAddr,
-    /// How long responses under way may take to end once the process was asked to stop.
+    /// How long new connections are still taken after SIGTERM, while `/readyz` says 503.
+    #[serde(serialize_with = "duration")]
+    pub drain_grace: Duration,
+    /// How long responses under way may take to end after that.
     #[serde(serialize_with = "duration")]
     pub drain_timeout: Duration,
     /// Log lines for people or for machines.
@@ -221,6 +228,24 @@ pub struct ServerConfig {
     /// How long a client may take no byte of a response before it is cut.
     #[serde(serialize_with = "duration")]
     pub progress_timeout: Duration,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            listen: DEFAULT_LISTEN,
+            admin: DEFAULT_ADMIN,
+            drain_grace: DEFAULT_DRAIN_GRACE,
+            drain_timeout: DEFAULT_DRAIN_TIMEOUT,
+            log_format: LogFormat::default(),
+            worker_threads: None,
+            max_connections: DEFAULT_MAX_CONNECTIONS,
+            header_timeout: DEFAULT_HEADER_TIMEOUT,
+            header_max_bytes: DEFAULT_HEADER_MAX_BYTES,
+            idle_timeout: DEFAULT_IDLE_TIMEOUT,
+            progress_timeout: DEFAULT_PROGRESS_TIMEOUT,
+        }
+    }
 }
 
 impl ServerConfig {
@@ -256,6 +281,20 @@ pub struct CacheConfig {
     pub fan_out: usize,
 }
 
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self {
+            dir: PathBuf::from(DEFAULT_CACHE_DIR),
+            capacity: DEFAULT_CAPACITY,
+            min_free: DEFAULT_MIN_FREE,
+            block_size: DEFAULT_BLOCK_SIZE,
+            part_size: DEFAULT_PART_SIZE,
+            fill_budget: DEFAULT_FILL_BUDGET,
+            fan_out: DEFAULT_FAN_OUT,
+        }
+    }
+}
+
 impl CacheConfig {
     /// The disk tier's share of it.
     pub fn disk(&self) -> DiskConfig {
@@ -273,14 +312,15 @@ impl CacheConfig {
 pub struct MountConfig {
     /// `/`, or whole segments without a slash at the end: `/a/b`.
     pub path: String,
-    /// The bucket's name.
+    /// The bucket's name, or an access point's ARN.
     pub bucket: String,
     /// Prepended to every key, as it is.
     pub prefix: String,
-    /// `http://` or `https://`, a host, maybe a path; no slash at the end. `None`: AWS.
+    /// `http://` or `https://`, a host, maybe a path; no slash at the end. `None`: what the AWS chain says
+    /// (`AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`, profile), else AWS itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
-    /// `None`: what the AWS chain says (`AWS_REGION`, profile).
+    /// `None`: what the AWS chain says (`AWS_REGION`, profile); for an endpoint without any, `us-east-1`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub region: Option<String>,
     /// The bucket stands in the path, not in the host name.
@@ -341,6 +381,16 @@ pub enum ForbiddenAs {
     /// The key is missing: 404, for buckets that we may read but not list.
     #[serde(rename = "404")]
     NotFound,
+}
+
+impl ForbiddenAs {
+    /// The same for [`Mount`](crate::mount::Mount), which knows no configuration.
+    pub fn into_policy(self) -> crate::mount::ForbiddenAs {
+        match self {
+            Self::BadGateway => crate::mount::ForbiddenAs::BadGateway,
+            Self::NotFound => crate::mount::ForbiddenAs::NotFound,
+        }
+    }
 }
 
 /// Why a configuration was refused: every problem that was found, at least one.
@@ -465,6 +515,16 @@ impl Source {
 }
 
 impl Config {
+    /// These mounts, unchecked, and every default.
+    pub fn with_mounts(mounts: Vec<MountConfig>) -> Self {
+        Self {
+            server: ServerConfig::default(),
+            cache: CacheConfig::default(),
+            mounts,
+            dev: None,
+        }
+    }
+
     /// Merges and checks. `variables` is the whole environment; what is not ours is skipped.
     ///
     /// Reads `file` and nothing else.

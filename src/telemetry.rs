@@ -34,17 +34,15 @@ use crate::disk::DiskStats;
 pub const LOG_VARIABLE: &str = "PINRANGE_LOG";
 
 /// Verdict and tier of the requests that make up nearly all of the traffic.
-const REQUESTS: [[&str; 2]; 6] = [
+const REQUESTS: [[&str; 2]; 4] = [
     ["partial", "disk"],
     ["full", "disk"],
-    ["partial", "fill"],
-    ["full", "fill"],
     ["partial", "remote"],
     ["full", "remote"],
 ];
 
-/// Where a body comes from.
-const TIERS: [[&str; 1]; 4] = [["disk"], ["fill"], ["remote"], ["none"]];
+/// Where an answer comes from; `none`: it needed neither.
+const TIERS: [[&str; 1]; 4] = [["disk"], ["remote"], ["stale"], ["none"]];
 
 /// Calls of the remote trait that go well.
 const REMOTE_REQUESTS: [[&str; 2]; 3] = [["read", "ok"], ["read_current", "ok"], ["stat", "ok"]];
@@ -92,12 +90,14 @@ pub enum InitError {
     Repeated,
 }
 
-/// Sends this process's log to stderr, filtered by `filter` (the value of [`LOG_VARIABLE`]; `None`: `default`).
+/// Sends this process's log to stderr, filtered by `filter` (the value of [`LOG_VARIABLE`]; `None` or empty: `default`).
 ///
 /// # Errors
 /// [`InitError`]; nothing is set up then.
 pub fn init(format: LogFormat, filter: Option<&str>, default: &str) -> Result<(), InitError> {
-    let value = filter.unwrap_or(default);
+    let value = filter
+        .filter(|filter| !filter.is_empty())
+        .unwrap_or(default);
     let filter = EnvFilter::try_new(value).map_err(|error| InitError::Filter {
         value: value.to_owned(),
         reason: error.to_string(),
@@ -240,7 +240,7 @@ impl Default for Inner {
             requests: Children::new(&REQUESTS),
             ttfb: Children::new(&TIERS),
             duration: Children::new(&TIERS),
-            sent: Children::new(&TIERS[..3]),
+            sent: Children::new(&TIERS),
             remote_requests: Children::new(&REMOTE_REQUESTS),
             remote_ttfb: Children::new(&REMOTE_OPS),
             remote_received: Counter::default(),
@@ -591,7 +591,7 @@ mod tests {
                 "1",
             ),
             (
-                "pinrange_requests_total{verdict=\"full\",tier=\"fill\"}",
+                "pinrange_requests_total{verdict=\"full\",tier=\"remote\"}",
                 "0",
             ),
             (
