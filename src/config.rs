@@ -1,9 +1,9 @@
 //! The configuration: three raw layers, merged, then checked once.
 //!
-//! [`Config::load`] reads flags, environment and file into the same shape ([`raw`]), lays them over
+//! [`Config::load`] reads flags, environment and file into the same shape (`raw`), lays them over
 //! each other (flag > environment > file > default) and turns the result into typed values
-//! ([`check`]). Behind it nothing parses text again. Sizes, durations and percentages have one
-//! spelling each ([`units`]).
+//! (`check`). Behind it nothing parses text again. Sizes, durations and percentages have one
+//! spelling each (`units`).
 //!
 //! A configuration that is wrong is refused whole, with every problem found and the place of each: file,
 //! line and column, or the variable, or the flag. Nothing is opened, resolved or created here, so
