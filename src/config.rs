@@ -27,6 +27,7 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 
 use crate::disk::{DiskConfig, MinFree};
+pub use crate::mount::ForbiddenAs;
 use crate::telemetry::LogFormat;
 
 const KIB: u64 = 1 << 10;
@@ -41,13 +42,14 @@ pub const DEFAULT_LISTEN: SocketAddr =
 pub const DEFAULT_ADMIN: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8081);
 
-/// A load balancer asks `/readyz` every few seconds and Kubernetes takes about as long to tell its nodes:
-/// until they have looked away, a closed port would be an error to somebody.
-pub const DEFAULT_DRAIN_GRACE: Duration = Duration::from_secs(5);
-
-/// Half a minute lets a part or two of a slow client end. With [`DEFAULT_DRAIN_GRACE`] it is 35 s: less than the 90 s that
-/// systemd waits before it kills, more than the 30 s of Kubernetes (`terminationGracePeriodSeconds: 40` fits).
+/// Enough for the part that a slow client has under way. With [`DEFAULT_DRAIN_GRACE`] it is 32 s: less than the
+/// 90 s that systemd waits before it kills, more than the 30 s of Kubernetes, which needs
+/// `terminationGracePeriodSeconds: 40`.
 pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Two periods of a load balancer's usual one-second health check: it has looked elsewhere before the
+/// listener closes. Only SIGTERM waits; Ctrl-C does not.
+pub const DEFAULT_DRAIN_GRACE: Duration = Duration::from_secs(2);
 
 /// Each open response may hold two descriptors, its socket and a segment file: 10000 of them fit the
 /// 20000 or more that service managers grant, and a smaller `RLIMIT_NOFILE` lowers it
@@ -202,12 +204,12 @@ pub struct ServerConfig {
     pub listen: SocketAddr,
     /// The admin listener. Port 0: any free one.
     pub admin: SocketAddr,
-    /// How long new connections are still taken after SIGTERM, while `/readyz` says 503.
-    #[serde(serialize_with = "duration")]
-    pub drain_grace: Duration,
     /// How long responses under way may take to end after that.
     #[serde(serialize_with = "duration")]
     pub drain_timeout: Duration,
+    /// How long after SIGTERM `/readyz` says 503 while connections are still taken.
+    #[serde(serialize_with = "duration")]
+    pub drain_grace: Duration,
     /// Log lines for people or for machines.
     pub log_format: LogFormat,
     /// Threads of the runtime; `None`: one per core.
@@ -235,8 +237,8 @@ impl Default for ServerConfig {
         Self {
             listen: DEFAULT_LISTEN,
             admin: DEFAULT_ADMIN,
-            drain_grace: DEFAULT_DRAIN_GRACE,
             drain_timeout: DEFAULT_DRAIN_TIMEOUT,
+            drain_grace: DEFAULT_DRAIN_GRACE,
             log_format: LogFormat::default(),
             worker_threads: None,
             max_connections: DEFAULT_MAX_CONNECTIONS,
@@ -367,32 +369,6 @@ impl MountConfig {
     }
 }
 
-/// What a 403 of S3 is answered with. S3 says 403 for a *missing* key to whoever may not list the bucket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[expect(
-    clippy::exhaustive_enums,
-    reason = "closed: the two answers DESIGN.md §3 knows"
-)]
-pub enum ForbiddenAs {
-    /// Our credentials are wrong: 502, so that nobody takes an outage of access for a deletion.
-    #[default]
-    #[serde(rename = "502")]
-    BadGateway,
-    /// The key is missing: 404, for buckets that we may read but not list.
-    #[serde(rename = "404")]
-    NotFound,
-}
-
-impl ForbiddenAs {
-    /// The same for [`Mount`](crate::mount::Mount), which knows no configuration.
-    pub fn into_policy(self) -> crate::mount::ForbiddenAs {
-        match self {
-            Self::BadGateway => crate::mount::ForbiddenAs::BadGateway,
-            Self::NotFound => crate::mount::ForbiddenAs::NotFound,
-        }
-    }
-}
-
 /// Why a configuration was refused: every problem that was found, at least one.
 ///
 /// `Display` has one line for each.
@@ -515,7 +491,7 @@ impl Source {
 }
 
 impl Config {
-    /// These mounts, unchecked, and every default.
+    /// Every default, and these mounts, unchecked: what `demo` and tests start from.
     pub fn with_mounts(mounts: Vec<MountConfig>) -> Self {
         Self {
             server: ServerConfig::default(),

@@ -1,12 +1,12 @@
 //! The `pinrange` program: arguments, log, runtime, exit code.
 
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
 use clap::Parser;
 use pinrange::cli::{self, Cli, Command, ServeArgs};
-use pinrange::config::ServerConfig;
-use pinrange::telemetry;
-use tokio::runtime::{Builder, Runtime};
+use pinrange::telemetry::{self, LogFormat};
+use tokio::runtime::Builder;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -18,9 +18,9 @@ fn main() -> ExitCode {
         }
     };
     match cli.command {
-        // Demo(args) => the same as Get
+        Command::Demo(args) => quiet(cli::demo::run(args)),
         Command::Serve(args) => serve(&args),
-        // Get(args) => runtime.block_on(cli::get::run(args))
+        Command::Get(args) => quiet(cli::get::run(*args)),
         Command::Check(args) => cli::check::run(&args),
     }
 }
@@ -34,19 +34,27 @@ fn serve(args: &ServeArgs) -> ExitCode {
     if let Err(error) = telemetry::init(config.server.log_format, filter.as_deref(), "info") {
         return refuse(&error, cli::EX_CONFIG);
     }
-    match runtime(&config.server) {
-        // runtime.block_on(pinrange::server::serve(config))
-        Ok(_runtime) => refuse(&"this build has no server", cli::EX_OSERR),
-        Err(error) => refuse(&format!("cannot start threads: {error}"), cli::EX_OSERR),
+    run(config.server.worker_threads, cli::serve::run(config))
+}
+
+/// `demo` and `get` speak for themselves; only what goes wrong inside is logged.
+fn quiet(command: impl Future<Output = ExitCode>) -> ExitCode {
+    let filter = std::env::var(telemetry::LOG_VARIABLE).ok();
+    match telemetry::init(LogFormat::Text, filter.as_deref(), "error") {
+        Ok(()) => run(None, command),
+        Err(error) => refuse(&error, cli::EX_CONFIG),
     }
 }
 
-fn runtime(config: &ServerConfig) -> std::io::Result<Runtime> {
+fn run(threads: Option<NonZeroUsize>, command: impl Future<Output = ExitCode>) -> ExitCode {
     let mut builder = Builder::new_multi_thread();
-    if let Some(threads) = config.worker_threads {
+    if let Some(threads) = threads {
         builder.worker_threads(threads.get());
     }
-    builder.enable_all().build()
+    match builder.enable_all().build() {
+        Ok(runtime) => runtime.block_on(command),
+        Err(error) => refuse(&format!("cannot start threads: {error}"), cli::EX_OSERR),
+    }
 }
 
 /// One line a problem, without a prefix: editors and CI recognise `FILE:LINE:COL:` at its start.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use percent_encoding::percent_decode_str;
+use serde::Serialize;
 
 use crate::object::ObjectKey;
 use crate::remote::Remote;
@@ -16,13 +17,16 @@ use crate::remote::Remote;
 /// S3's limit on a key, in bytes.
 const LONGEST_KEY: usize = 1024;
 
-/// What to make of S3's 403 on a read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What to make of S3's 403 on a read. S3 says so for a *missing* key to whoever may not list the bucket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[expect(clippy::exhaustive_enums, reason = "closed: the two readings of a 403")]
 pub enum ForbiddenAs {
-    /// Our credentials may not read it: 502.
+    /// Our credentials may not read it: 502, so that nobody takes an outage of access for a deletion.
+    #[default]
+    #[serde(rename = "502")]
     BadGateway,
-    /// S3 says 403 for a missing key when we lack `s3:ListBucket`: 404.
+    /// The key is missing: 404, for buckets that we may read but not list.
+    #[serde(rename = "404")]
     NotFound,
 }
 

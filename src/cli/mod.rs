@@ -6,6 +6,9 @@
 //! by a restart (`RestartPreventExitStatus=64 78`).
 
 pub mod check;
+pub mod demo;
+pub mod get;
+pub mod serve;
 
 use std::path::PathBuf;
 
@@ -15,6 +18,9 @@ use crate::config::{Config, ConfigError, Flags};
 
 /// The command line was wrong (`sysexits.h`).
 pub const EX_USAGE: u8 = 64;
+
+/// The cache or output directory cannot be used (`sysexits.h`).
+pub const EX_CANTCREAT: u8 = 73;
 
 /// The process could not get what it needs from the system (`sysexits.h`).
 pub const EX_OSERR: u8 = 71;
@@ -99,4 +105,19 @@ impl ServeArgs {
     pub fn config(&self) -> Result<Config, ConfigError> {
         Config::load(self.file.path.as_deref(), std::env::vars_os(), &self.flags)
     }
+}
+
+/// An error and its causes on one line, without saying anything twice.
+pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let text = cause.to_string();
+        if !line.contains(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        source = cause.source();
+    }
+    line
 }

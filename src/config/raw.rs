@@ -128,7 +128,7 @@ macro_rules! section {
 section! {
     /// `[server]`
     RawServer {
-        listen, admin, drain_grace, drain_timeout, log_format, worker_threads, max_connections,
+        listen, admin, drain_timeout, drain_grace, log_format, worker_threads, max_connections,
         header_timeout, header_max_bytes, idle_timeout, progress_timeout,
     }
 }

@@ -717,14 +717,16 @@ fn expect_kind<T: std::fmt::Debug>(
 
 /// Unsatisfiable; where the response named the complete length, it is `size`.
 fn expect_unsatisfiable<T: std::fmt::Debug>(result: Result<T, RemoteError>, size: u64, what: &str) {
-    match result.expect_err(what).kind {
-        RemoteErrorKind::Unsatisfiable { size: named } => {
-            assert!(
-                named.is_none_or(|named| named == size),
-                "{what}: size {named:?}"
-            );
-        }
-        kind => panic!("{what}: {kind:?}"),
+    match result {
+        Err(RemoteError {
+            kind: RemoteErrorKind::Unsatisfiable { size: named },
+            ..
+        }) => assert!(
+            named.is_none_or(|named| named == size),
+            "{what}: size {named:?}"
+        ),
+        Err(error) => panic!("{what}: {error:?}"),
+        Ok(answer) => panic!("{what}: expected a refusal, got {answer:?}"),
     }
 }
 

@@ -41,7 +41,8 @@ use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::config::interceptors::{
-    BeforeDeserializationInterceptorContextMut, BeforeTransmitInterceptorContextRef,
+    BeforeDeserializationInterceptorContextMut, BeforeDeserializationInterceptorContextRef,
+    BeforeTransmitInterceptorContextRef,
 };
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
@@ -606,6 +607,21 @@ impl Intercept for Tap {
         Ok(())
     }
 
+    fn read_after_transmit(
+        &self,
+        context: &BeforeDeserializationInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        // Before the SDK's own interceptors, which drop what they cannot parse (`Expires: 0`).
+        let response = context.response();
+        self.0.lock().head = Some(Head {
+            status: response.status().as_u16(),
+            headers: response.headers().clone(),
+        });
+        Ok(())
+    }
+
     fn modify_before_deserialization(
         &self,
         context: &mut BeforeDeserializationInterceptorContextMut<'_>,
@@ -613,16 +629,13 @@ impl Intercept for Tap {
         _: &mut ConfigBag,
     ) -> Result<(), BoxError> {
         let response = context.response_mut();
-        let status = response.status().as_u16();
-        let headers = if response.status().is_success() {
+        if response.status().is_success() {
             // What the SDK does not see cannot fail its parsers.
-            std::mem::take(response.headers_mut())
+            *response.headers_mut() = Headers::new();
         } else {
             let body = response.take_body();
             *response.body_mut() = SdkBody::from_body_1_x(Limited::new(body, MAX_ERROR_BODY));
-            response.headers().clone()
-        };
-        self.0.lock().head = Some(Head { status, headers });
+        }
         Ok(())
     }
 }
@@ -674,6 +687,14 @@ impl Head {
             .ok_or_else(|| protocol(op, "a 206 without Content-Range"))?;
         let (first, last, size) = content_range(field)
             .ok_or_else(|| protocol(op, format!("Content-Range {field:?} names no range")))?;
+        if size == 0 {
+            // Garage answers a suffix of an empty object with 206 and `bytes 0-18446744073709551615/0`.
+            return Err(RemoteError::new(
+                RemoteErrorKind::Unsatisfiable { size: Some(0) },
+                op,
+                "the object is empty",
+            ));
+        }
         let range = want
             .resolve(size)
             .filter(|range| (range.start(), range.last()) == (first, last))
@@ -958,12 +979,12 @@ fn classify(op: &'static str, head: &Head, code: Option<&str>) -> (RemoteErrorKi
             Kind::Misconfigured,
             "there is no such bucket: check the mount's `bucket`".to_owned(),
         ),
-        (404, Some("NoSuchKey" | "NoSuchVersion" | "NotFound"))
+        (404, Some("NoSuchKey" | "NoSuchVersion"))
         | (400, Some("KeyTooLongError" | "InvalidURI")) => {
             (Kind::Absent, "there is no such object".to_owned())
         }
         // Without a body a missing bucket cannot be told from a missing key.
-        (404, None) if op == "stat" => (Kind::Absent, "there is no such object".to_owned()),
+        (404, _) if op == "stat" => (Kind::Absent, "there is no such object".to_owned()),
         // The default page of a proxy whose S3 is away must not read as "deleted".
         (404, _) => (
             Kind::Protocol,
@@ -992,8 +1013,8 @@ fn classify(op: &'static str, head: &Head, code: Option<&str>) -> (RemoteErrorKi
         ),
         (403, _) => (
             Kind::Forbidden,
-            "S3 denies access; it says so for missing keys too unless s3:ListBucket is allowed \
-             beside s3:GetObject"
+            "S3 denies access: check the access key and that it may s3:GetObject. Unless it may \
+             s3:ListBucket too, S3 says so for keys that do not exist"
                 .to_owned(),
         ),
         (status, _) => (Kind::Protocol, format!("unexpected status {status}")),
@@ -1080,6 +1101,10 @@ where
                 RemoteErrorKind::Unavailable,
                 "the AWS credentials cannot be had just now",
             ),
+            None if is_not_http(&error) => (
+                RemoteErrorKind::Protocol,
+                "the response is not HTTP or its head is too long",
+            ),
             None => match &error {
                 SdkError::ConstructionFailure(_) => {
                     (RemoteErrorKind::Misconfigured, "the request cannot be made")
@@ -1099,8 +1124,17 @@ where
 }
 
 fn credentials_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a CredentialsError> {
+    chain(error).find_map(|error| error.downcast_ref())
+}
+
+fn is_not_http(error: &(dyn StdError + 'static)) -> bool {
+    chain(error).any(|error| error.downcast_ref().is_some_and(hyper::Error::is_parse))
+}
+
+fn chain<'a>(
+    error: &'a (dyn StdError + 'static),
+) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
     std::iter::successors(Some(error), |&error| error.source())
-        .find_map(|error| error.downcast_ref::<CredentialsError>())
 }
 
 // === the body ===

@@ -49,6 +49,11 @@ impl Handler {
         Self { mounts, tiers, metrics, random: RandomState::new() }
     }
 
+    /// What it counts with.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
     /// Answers one request. The request's content is not read.
     pub async fn handle<B>(&self, request: Request<B>, queue: &SendQueue) -> Response<ResponseBody> {
         let (request, _content) = request.into_parts();

@@ -212,18 +212,6 @@ impl Replica {
 /// How long running answers of the admin listener may take at the end.
 const ADMIN_DRAIN: Duration = Duration::from_secs(1);
 
-/// Runs a replica until SIGTERM or SIGINT; a second signal ends it at once.
-pub async fn serve(config: Config) -> ExitCode {
-    let replica = match Replica::start(&config, &CredentialSource::Chain).await {
-        Ok(replica) => replica,
-        Err(error) => {
-            eprintln!("pinrange: {}", one_line(&error));
-            return ExitCode::from(error.exit_code());
-        }
-    };
-    run_until_signal(replica).await
-}
-
 /// Announces a replica and waits for the signal that ends it.
 pub async fn run_until_signal(replica: Replica) -> ExitCode {
     if !replica.data.ip().is_loopback() {
@@ -318,7 +306,7 @@ async fn open_mount(
             RemoteErrorKind::Misconfigured => {
                 return Err(refuse(error, "correct bucket, region or credentials"));
             }
-            RemoteErrorKind::Forbidden if config.forbidden.into_policy() == ForbiddenAs::BadGateway => {
+            RemoteErrorKind::Forbidden if config.forbidden == ForbiddenAs::BadGateway => {
                 return Err(refuse(
                     error,
                     "correct the credentials; if they may read but not list the bucket, set forbidden = \"404\"",
@@ -337,7 +325,7 @@ async fn open_mount(
         remote: Arc::new(remote),
         fresh_for: config.fresh_for,
         stale_if_error: config.stale_if_error,
-        forbidden: config.forbidden.into_policy(),
+        forbidden: config.forbidden,
         retries: config.retries,
     })
 }
@@ -348,20 +336,6 @@ fn warn_unreachable(config: &MountConfig, error: &RemoteError) {
         error = error as &dyn std::error::Error,
         "the mount's S3 cannot be used right now; what is held is served, the rest once it answers"
     );
-}
-
-fn one_line(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !line.contains(&cause_text) {
-            line.push_str(": ");
-            line.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    line
 }
 
 /// What the admin listener shows and does.
@@ -395,7 +369,7 @@ impl Control for Operator {
                 PurgeRefused::Malformed(error.to_string())
             }
         })?;
-        self.tiers.purge(mount, &key, every).await.map_err(|error| PurgeRefused::Failed(one_line(&error)))
+        self.tiers.purge(mount, &key, every).await.map_err(|error| PurgeRefused::Failed(error.to_string()))
     }
 }
 

@@ -14,6 +14,7 @@
 //! | P11 | `a_restart_keeps_what_was_written` |
 //! | P12 | `requests_that_are_refused` |
 
+mod semantics_doc;
 mod world;
 
 use std::sync::Arc;

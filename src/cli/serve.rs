@@ -1,0 +1,58 @@
+//! `pinrange serve`: one replica, in front of the configured buckets or, with `--dev`, of a directory.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use super::demo::own_credentials;
+use super::{EX_CANTCREAT, one_line};
+use crate::config::{Config, MountConfig};
+use crate::remote::s3::CredentialSource;
+use crate::server::replica::{Replica, run_until_signal};
+use crate::strict_s3::{Options, StrictS3};
+
+/// Bucket name of `--dev`.
+const DEV_BUCKET: &str = "dev";
+
+/// Runs a replica until SIGTERM or SIGINT; a second signal ends it at once.
+pub async fn run(mut config: Config) -> ExitCode {
+    let dev = match config.dev.clone() {
+        None => None,
+        Some(dir) => match start_dev(&mut config, &dir).await {
+            Ok(s3) => Some(s3),
+            Err(error) => {
+                eprintln!("pinrange: cannot serve the directory {}: {error}", dir.display());
+                return ExitCode::from(EX_CANTCREAT);
+            }
+        },
+    };
+    let credentials = if dev.is_some() { own_credentials() } else { CredentialSource::Chain };
+    let replica = match Replica::start(&config, &credentials).await {
+        Ok(replica) => replica,
+        Err(error) => {
+            eprintln!("pinrange: {}", one_line(&error));
+            return ExitCode::from(error.exit_code());
+        }
+    };
+    if let Some(s3) = &dev {
+        let endpoint = s3.endpoint();
+        eprintln!(
+            "the directory is the bucket {DEV_BUCKET} at {endpoint} (any credentials), to write to:\n  \
+             AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY=x aws --endpoint-url {endpoint} s3 cp FILE s3://{DEV_BUCKET}/FILE"
+        );
+    }
+    let code = run_until_signal(replica).await;
+    if let Some(s3) = dev {
+        s3.shutdown().await;
+    }
+    code
+}
+
+async fn start_dev(config: &mut Config, dir: &Path) -> std::io::Result<StrictS3> {
+    let s3 = StrictS3::start(Options::directory(DEV_BUCKET, dir)).await?;
+    let mut mount = MountConfig::new("/", DEV_BUCKET);
+    mount.endpoint = Some(s3.endpoint());
+    mount.region = Some("us-east-1".to_owned());
+    mount.path_style = true;
+    config.mounts = vec![mount];
+    Ok(s3)
+}

@@ -1,0 +1,395 @@
+//! The accept loop: how many connections there may be, and how they end.
+//!
+//! A connection takes one of `max_connections` places *before* it is accepted. Beyond that, clients wait
+//! in the kernel's backlog rather than being refused: a downloader that opens too many connections is slowed
+//! down, and no file descriptor is spent on saying no. Idle connections free their places by the idle timeout.
+//!
+//! ```text
+//!  accepting ── shutdown ──► draining ── all done, or drain_timeout ──► report
+//!     │                         │ idle connections close at once, a running
+//!     │ accept failed           │ response ends and closes; at the timeout the rest is cut
+//!     ▼
+//!  back off 10 ms … 1 s when we are out of something (descriptors, memory)
+//! ```
+//!
+//! What ends a connection is nearly always the client's doing (reset, timeout, a request that does not parse; hyper answers
+//! these with 400, 414 or 431 itself), so it is logged at debug. A response cut short is the business of its body's observer.
+
+use std::convert::Infallible;
+use std::error::Error;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::Instrument;
+
+use super::body::ResponseBody;
+use super::io::{Cut, SendQueue, SendfileIo, Timeouts};
+use super::page_in::PageIn;
+
+/// What answers requests.
+pub trait Handler: Send + Sync + 'static {
+    /// Answers one request. Dropped when the connection fails or is cut meanwhile.
+    ///
+    /// With half-closed connections allowed, a client that goes away while this runs is noticed only when the answer is written.
+    fn handle(
+        &self,
+        request: Request<Incoming>,
+        conn: &ConnInfo,
+    ) -> impl Future<Output = Response<ResponseBody>> + Send;
+
+    /// The number of connections changed by one. For a gauge.
+    fn connections(&self, _delta: i64) {}
+}
+
+/// What a handler may know of the connection a request came by.
+#[derive(Clone, Debug)]
+pub struct ConnInfo {
+    /// The client's address.
+    pub peer: SocketAddr,
+    /// What a body that goes to this connection must be built with.
+    pub queue: SendQueue,
+}
+
+/// What a listener allows.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at a time.
+    pub max_connections: usize,
+    /// Most bytes of a request's head; at least 8192. Beyond it hyper answers 431 (414 when it is the target).
+    pub max_head: usize,
+    /// How long a connection may be waited for.
+    pub timeouts: Timeouts,
+}
+
+impl Default for Limits {
+    /// For the data listener.
+    fn default() -> Self {
+        Self {
+            // At some 20 KiB each (hyper's two buffers and the task) 80 MiB when all are taken; the wide
+            // downloaders we know open 16 to 64 each.
+            max_connections: 4096,
+            // Twice what nginx and S3 take, so that we are never the stricter one.
+            max_head: 16 << 10,
+            timeouts: Timeouts {
+                // A head is one packet; this bounds who sends it byte by byte.
+                header: Duration::from_secs(10),
+                // Longer than the 60 s after which AWS's load balancers drop idle connections: whoever closes first
+                // must be the one that also opens, or requests are lost in between.
+                idle: Duration::from_secs(75),
+                // As nginx's send_timeout is 60 s, but a stalled client holds open files here.
+                progress: Duration::from_secs(30),
+            },
+        }
+    }
+}
+
+/// How a listener's connections ended when it was drained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DrainReport {
+    /// Closed by themselves after the drain began: idle ones, and those whose response ended in time.
+    pub finished: usize,
+    /// Cut at the timeout.
+    pub cut: usize,
+}
+
+/// A listener and everything needed to serve its connections.
+pub struct Acceptor<H> {
+    listener: TcpListener,
+    handler: Arc<H>,
+    limits: Limits,
+    page_in: PageIn,
+    http: http1::Builder,
+}
+
+impl<H: Handler> Acceptor<H> {
+    /// Serves `listener`'s connections with `handler`, once [`run`](Self::run).
+    ///
+    /// # Panics
+    /// If `limits.max_head` is less than 8192.
+    pub fn new(listener: TcpListener, handler: Arc<H>, limits: Limits, page_in: PageIn) -> Self {
+        let mut http = http1::Builder::new();
+        http
+            // SendfileIo depends on both: see there.
+            .writev(true)
+            .pipeline_flush(false)
+            // Whoever shuts down its sending side after the request still gets the answer.
+            .half_close(true)
+            // The number of fields is left at hyper's default of 100, which costs no allocation.
+            .max_buf_size(limits.max_head)
+            // SendfileIo's timeouts tell idle connections from slow heads, and cost less than a timer a request.
+            .header_read_timeout(None);
+        Self {
+            listener,
+            handler,
+            limits,
+            page_in,
+            http,
+        }
+    }
+
+    /// Accepts until `shutdown` is cancelled, then closes the listener and drains for at most `drain_timeout`.
+    ///
+    /// Dropping the future closes the listener and leaves the connections to themselves.
+    pub async fn run(self, shutdown: CancellationToken, drain_timeout: Duration) -> DrainReport {
+        let Self {
+            listener,
+            handler,
+            limits,
+            page_in,
+            http,
+        } = self;
+        let serving = Arc::new(Serving {
+            handler,
+            page_in,
+            http,
+            timeouts: limits.timeouts,
+            finished: AtomicUsize::new(0),
+            cut: AtomicUsize::new(0),
+        });
+        let connections = TaskTracker::new();
+        let drain = Drain {
+            begin: shutdown.clone(),
+            cut: CancellationToken::new(),
+        };
+        let accepting = async {
+            let mut places = Places::new(limits.max_connections);
+            let mut backoff = Backoff::default();
+            loop {
+                let place = places.take().await;
+                let (tcp, peer) = accept(&listener, &mut backoff).await;
+                // A child token: each connection waits on a lock of its own.
+                let drain = Drain {
+                    begin: drain.begin.child_token(),
+                    cut: drain.cut.clone(),
+                };
+                let connection = Arc::clone(&serving).serve(tcp, peer, drain, place);
+                let span = tracing::info_span!("connection", client.addr = %peer);
+                connections.spawn(connection.instrument(span));
+            }
+        };
+        // It accepts until it is told to stop, so there is no other way out.
+        let None::<Infallible> = shutdown.run_until_cancelled(accepting).await;
+        drop(listener);
+
+        connections.close();
+        if tokio::time::timeout(drain_timeout, connections.wait())
+            .await
+            .is_err()
+        {
+            drain.cut.cancel();
+            connections.wait().await;
+        }
+        DrainReport {
+            finished: serving.finished.load(Ordering::Relaxed),
+            cut: serving.cut.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// What all connections of a listener share.
+struct Serving<H> {
+    handler: Arc<H>,
+    page_in: PageIn,
+    http: http1::Builder,
+    timeouts: Timeouts,
+    /// Connections that saw the drain begin and ended by themselves.
+    finished: AtomicUsize,
+    /// Connections that were cut at its end.
+    cut: AtomicUsize,
+}
+
+/// The two steps of a shutdown, as a connection sees them.
+struct Drain {
+    begin: CancellationToken,
+    cut: CancellationToken,
+}
+
+impl<H: Handler> Serving<H> {
+    /// Serves one connection to its end; `_place` is free again then.
+    async fn serve(
+        self: Arc<Self>,
+        tcp: TcpStream,
+        peer: SocketAddr,
+        drain: Drain,
+        _place: OwnedSemaphorePermit,
+    ) {
+        let _open = Open::new(&*self.handler);
+        if let Err(error) = tcp.set_nodelay(true) {
+            tracing::debug!(%error, "the client was gone before its connection was set up");
+            return;
+        }
+        let info = ConnInfo {
+            peer,
+            queue: SendQueue::default(),
+        };
+        let io = SendfileIo::new(tcp, info.queue.clone(), self.page_in.clone(), self.timeouts);
+        // Borrowed, not shared: a count that all workers touch on every request would cost more than the parsing.
+        let (handler, conn) = (&*self.handler, &info);
+        let service = service_fn(move |request| async move {
+            Ok::<_, Infallible>(handler.handle(request, conn).await)
+        });
+        let mut connection = pin!(self.http.serve_connection(io, service));
+
+        let mut served = drain.begin.run_until_cancelled(connection.as_mut()).await;
+        if served.is_none() {
+            connection.as_mut().graceful_shutdown();
+            served = drain.cut.run_until_cancelled(connection.as_mut()).await;
+            let ended = if served.is_some() {
+                &self.finished
+            } else {
+                &self.cut
+            };
+            ended.fetch_add(1, Ordering::Relaxed);
+        }
+        match served {
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
+                let cause = error.source().map(ToString::to_string);
+                tracing::debug!(%error, cause, "connection ended early");
+            }
+            // Before the connection is dropped, so that its body's observer can tell.
+            None => info.queue.set_cut(Cut::Drained),
+        }
+    }
+}
+
+/// Keeps the handler's gauge of connections.
+struct Open<'a, H: Handler>(&'a H);
+
+impl<'a, H: Handler> Open<'a, H> {
+    fn new(handler: &'a H) -> Self {
+        handler.connections(1);
+        Self(handler)
+    }
+}
+
+impl<H: Handler> Drop for Open<'_, H> {
+    fn drop(&mut self) {
+        self.0.connections(-1);
+    }
+}
+
+/// The connection limit.
+struct Places {
+    free: Arc<Semaphore>,
+    limit: usize,
+    /// Whether clients are waiting, so that it is said once an episode.
+    full: bool,
+}
+
+impl Places {
+    fn new(limit: usize) -> Self {
+        Self {
+            free: Arc::new(Semaphore::new(limit)),
+            limit,
+            full: false,
+        }
+    }
+
+    /// Waits for a free place. Cancel safe.
+    async fn take(&mut self) -> OwnedSemaphorePermit {
+        if let Ok(place) = Arc::clone(&self.free).try_acquire_owned() {
+            self.full = false;
+            return place;
+        }
+        if !self.full {
+            self.full = true;
+            tracing::warn!(
+                limit = self.limit,
+                "all connections are taken; further clients wait in the backlog"
+            );
+        }
+        Arc::clone(&self.free)
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed")
+    }
+}
+
+/// Accepts a connection, however often that fails. Cancel safe.
+async fn accept(listener: &TcpListener, backoff: &mut Backoff) -> (TcpStream, SocketAddr) {
+    loop {
+        match listener.accept().await {
+            Ok(accepted) => {
+                backoff.recovered();
+                return accepted;
+            }
+            // That client's trouble, not ours.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::ConnectionAborted
+                        | io::ErrorKind::ConnectionReset
+                        | io::ErrorKind::Interrupted
+                ) =>
+            {
+                tracing::debug!(%error, "a client was gone before it was accepted");
+            }
+            Err(error) => backoff.wait(&error).await,
+        }
+    }
+}
+
+/// Waits between failed accepts: out of descriptors, `accept` fails at once and for as long as the client stays in
+/// the backlog, and a loop that retries at once takes a whole core.
+#[derive(Default)]
+struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(10);
+    const LONGEST: Duration = Duration::from_secs(1);
+
+    async fn wait(&mut self, error: &io::Error) {
+        if self.failures == 0 {
+            tracing::error!(
+                %error,
+                "accepting connections fails; retrying (if descriptors ran out, raise `ulimit -n`)"
+            );
+        }
+        tokio::time::sleep(self.next()).await;
+    }
+
+    fn next(&mut self) -> Duration {
+        let wait = Self::FIRST
+            .saturating_mul(1 << self.failures.min(16))
+            .min(Self::LONGEST);
+        self.failures = self.failures.saturating_add(1);
+        wait
+    }
+
+    fn recovered(&mut self) {
+        if self.failures > 0 {
+            tracing::info!(failures = self.failures, "connections are accepted again");
+            self.failures = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_doubles_from_10_ms_to_1_s_and_starts_over_after_success() {
+        let mut backoff = Backoff::default();
+        let waits: Vec<_> = (0..9).map(|_| backoff.next().as_millis()).collect();
+        assert_eq!(waits, [10, 20, 40, 80, 160, 320, 640, 1000, 1000]);
+        backoff.recovered();
+        assert_eq!(backoff.next(), Backoff::FIRST);
+    }
+}

@@ -1,0 +1,13 @@
+//! What integration tests share: S3 servers to talk to, and buckets to fill.
+//!
+//! [`garage`] starts a real server, [`wire`] is one that says whatever a test wants it to say, and
+//! [`bucket`] fills a bucket of any S3 server for the conformance suite.
+#![expect(clippy::allow_attributes, reason = "see below")]
+#![allow(
+    dead_code,
+    reason = "each test binary uses a part of this, and none all"
+)]
+
+pub(crate) mod bucket;
+pub(crate) mod garage;
+pub(crate) mod wire;
