@@ -41,6 +41,6 @@ pub mod payload;
 pub mod remote;
 pub mod semantics;
 pub mod server;
-pub mod strict_s3;
+//SS
 pub mod telemetry;
 pub mod tiers;

@@ -22,7 +22,6 @@ use prometheus_client::encoding::{
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::{Family, MetricConstructor};
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
-use prometheus_client::metrics::info::Info;
 use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Registry, Unit};
 use serde::Serialize;
@@ -90,16 +89,20 @@ pub enum InitError {
     Repeated,
 }
 
-/// Sends this process's log to stderr, filtered by `filter` (the value of [`LOG_VARIABLE`]; `None` or empty: `default`).
+/// Sends this process's log to stderr, filtered by what [`LOG_VARIABLE`] says or, where it says nothing, by
+/// `default`.
 ///
 /// # Errors
 /// [`InitError`]; nothing is set up then.
-pub fn init(format: LogFormat, filter: Option<&str>, default: &str) -> Result<(), InitError> {
-    let value = filter
-        .filter(|filter| !filter.is_empty())
-        .unwrap_or(default);
-    let filter = EnvFilter::try_new(value).map_err(|error| InitError::Filter {
-        value: value.to_owned(),
+pub fn init(format: LogFormat, default: &str) -> Result<(), InitError> {
+    let variable = std::env::var_os(LOG_VARIABLE).filter(|value| !value.is_empty());
+    // What is not UTF-8 becomes a filter that cannot be read, and is refused as one.
+    let value = variable.map_or_else(
+        || default.into(),
+        |value| value.to_string_lossy().into_owned(),
+    );
+    let filter = EnvFilter::try_new(&value).map_err(|error| InitError::Filter {
+        value,
         reason: error.to_string(),
     })?;
     let builder = tracing_subscriber::fmt()
@@ -259,11 +262,12 @@ impl Default for Inner {
 impl Inner {
     fn registered(mut self) -> Self {
         let registry = &mut self.registry;
-        registry.register(
-            "build",
-            "Version of the running program",
-            Info::new([("version", env!("CARGO_PKG_VERSION"))]),
-        );
+        // A gauge, not an info: the classic text format, which some scrapers insist on, has no such type.
+        let build = Family::<VersionLabel, Gauge>::default();
+        build
+            .get_or_create(&VersionLabel([env!("CARGO_PKG_VERSION")]))
+            .set(1);
+        registry.register("build_info", "Version of the running program", build);
         registry.register(
             "requests",
             "Answered requests by verdict and by the tier the body came from",
@@ -406,6 +410,7 @@ labels! {
     OpLabel["op"];
     OutcomeLabel["outcome"];
     ReasonLabel["reason"];
+    VersionLabel["version"];
 }
 
 /// A family, and handles to the children that are used most.
@@ -511,10 +516,7 @@ mod tests {
             } else if let Some(rest) = line.strip_prefix("# TYPE ") {
                 let (name, kind) = rest.split_once(' ').expect(line);
                 assert_eq!(name, help, "TYPE follows HELP");
-                assert!(
-                    ["counter", "gauge", "histogram", "info"].contains(&kind),
-                    "{line}"
-                );
+                assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
                 family = name;
             } else if let Some(rest) = line.strip_prefix("# UNIT ") {
                 let (name, unit) = rest.split_once(' ').expect(line);
@@ -525,7 +527,7 @@ mod tests {
                 let name = series.split('{').next().unwrap();
                 let suffix = name.strip_prefix(family).expect(line);
                 assert!(
-                    ["", "_total", "_sum", "_count", "_bucket", "_info"].contains(&suffix),
+                    ["", "_total", "_sum", "_count", "_bucket"].contains(&suffix),
                     "{line}"
                 );
                 assert!(name.starts_with("pinrange_"), "{line}");

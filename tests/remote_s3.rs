@@ -24,7 +24,7 @@ const GOOD: &str = "HTTP/1.1 206 Partial Content\r\nETag: \"a\"\r\nContent-Range
 fn guard() -> Guard {
     Guard {
         key: "key".into(),
-        validator: Validator::from_etag_field("\"a\"").unwrap(),
+        validator: Validator::from_etag_field("\"a\"").expect("a strong tag"),
         version_id: None,
         size: None,
     }
@@ -57,7 +57,8 @@ async fn connect(wire: &Wire) -> S3Remote {
         stall_timeout: Duration::from_millis(200),
         ..wire.access().settings()
     };
-    S3Remote::connect(settings).await.unwrap()
+    let remote = S3Remote::connect(settings).await;
+    remote.expect("the settings are sound")
 }
 
 /// A guarded read of ten bytes from a server with one script.
@@ -69,7 +70,8 @@ async fn read(guard: &Guard, script: Vec<Step>) -> Result<RemoteRead, RemoteErro
 }
 
 async fn kind_of(script: Vec<Step>) -> RemoteErrorKind {
-    read(&guard(), script).await.unwrap_err().kind
+    let error = read(&guard(), script).await;
+    error.expect_err("a refusal").kind
 }
 
 async fn collect(read: RemoteRead) -> Result<Vec<u8>, RemoteError> {
@@ -580,7 +582,8 @@ async fn metadata_is_text_and_bounded() {
     assert_eq!(read.representation.last_modified, None);
 }
 
-/// Neither what a client may see nor what is logged names a credential; the first names no place either.
+/// Neither what a client may see nor what is logged names a credential; the first names no place
+/// either.
 #[tokio::test]
 async fn errors_leak_nothing() {
     for (status, code) in [
@@ -599,5 +602,106 @@ async fn errors_leak_nothing() {
         for place in ["secret-bucket", "127.0.0.1"] {
             assert!(!error.detail.contains(place), "{place} in {}", error.detail);
         }
+    }
+}
+
+/// A server whose accept queue is full drops what arrives: the handshake never completes.
+#[tokio::test]
+async fn a_connection_that_does_not_come_about_is_a_timeout() {
+    use socket2::{Domain, Socket, Type};
+
+    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let loopback = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+    listener.bind(&loopback.into()).unwrap();
+    listener.listen(0).unwrap();
+    let address = listener.local_addr().unwrap().as_socket().unwrap();
+    let queued = std::net::TcpStream::connect(address).unwrap();
+
+    let wire = Wire::start(Vec::new()).await;
+    let settings = S3Settings {
+        endpoint: Some(format!("http://{address}")),
+        connect_timeout: Duration::from_millis(200),
+        first_byte_timeout: Duration::from_mins(1),
+        ..wire.access().settings()
+    };
+    let remote = S3Remote::connect(settings).await.unwrap();
+    let read = tokio::time::timeout(Duration::from_secs(30), remote.read(&guard(), TEN)).await;
+    let error = read.expect("connect_timeout is shorter").unwrap_err();
+    assert_eq!(error.kind, RemoteErrorKind::Timeout);
+    drop(queued);
+}
+
+/// Credentials are looked for when the first request needs them, in the environment first; the
+/// environment is the process's, so a child has it.
+#[test]
+fn takes_credentials_from_the_standard_chain() {
+    let child = |credentials: &[(&str, &str)]| {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "child_with_an_environment_of_its_own",
+                "--ignored",
+            ])
+            .env_clear()
+            .env(
+                CHILD,
+                if credentials.is_empty() {
+                    "none"
+                } else {
+                    "some"
+                },
+            )
+            .env("AWS_EC2_METADATA_DISABLED", "true")
+            .envs(credentials.iter().copied())
+            .output()
+            .unwrap();
+        let (out, err) = (status.stdout, status.stderr);
+        let said = format!(
+            "{}{}",
+            String::from_utf8_lossy(&out),
+            String::from_utf8_lossy(&err)
+        );
+        assert!(
+            status.status.success() && said.contains("1 passed"),
+            "{said}"
+        );
+    };
+    child(&[]);
+    child(&[
+        ("AWS_ACCESS_KEY_ID", "FROMENVIRONMENT"),
+        ("AWS_SECRET_ACCESS_KEY", "s"),
+    ]);
+}
+
+/// Tells the child which of its two halves to run.
+const CHILD: &str = "PINRANGE_TEST_CREDENTIALS";
+
+#[tokio::test]
+#[ignore = "run by takes_credentials_from_the_standard_chain"]
+async fn child_with_an_environment_of_its_own() {
+    let wire = Wire::start(vec![vec![Step::send(GOOD)]]).await;
+    let settings = S3Settings {
+        endpoint: Some(wire.access().endpoint),
+        path_style: true,
+        ..S3Settings::new("bucket")
+    };
+    let remote = S3Remote::connect(settings)
+        .await
+        .expect("missing credentials are no failure");
+    let result = remote.read(&guard(), TEN).await;
+    match std::env::var(CHILD).as_deref() {
+        Ok("none") => {
+            let error = result.unwrap_err();
+            assert_eq!(error.kind, RemoteErrorKind::Misconfigured);
+            assert!(error.detail.contains("AWS_ACCESS_KEY_ID"), "{error}");
+            assert!(wire.requests().is_empty(), "nothing is sent unsigned");
+        }
+        Ok("some") => {
+            result.unwrap();
+            let request = &wire.requests()[0];
+            assert!(request.contains("credential=fromenvironment/"), "{request}");
+            assert!(request.contains("/us-east-1/s3/"), "{request}");
+        }
+        other => panic!("not run by its parent: {other:?}"),
     }
 }

@@ -6,9 +6,9 @@
 //! by a restart (`RestartPreventExitStatus=64 78`).
 
 pub mod check;
-pub mod demo;
+//DD
 pub mod get;
-pub mod serve;
+//EE
 
 use std::path::PathBuf;
 
