@@ -1,68 +1,63 @@
 //! The disk tier: sparse segment files per revision, and the durable record of what is in them.
-//! (skeleton: bodies are to be written; see the doc comments for what each must do)
+//!
+//! A revision's bytes are cut into *segments* of a fixed stretch, each in a file of its own, and
+//! these into *blocks*, the unit of coverage. A file is named by a random number, its
+//! incarnation, that is never used twice. Three rules carry everything else:
+//!
+//! 1. A block of a file is written once. No file that could ever be sent is punched, truncated or
+//!    rewritten: sendfile leaves the page in the socket's queue, so whoever changes the page
+//!    changes what the client gets. Eviction and repair unlink whole files; what is fetched again
+//!    goes into a new one. So a segment may have several files, each with part of its blocks.
+//! 2. A [`FileExtent`], the right to send, is minted only where the bytes are known to be: by
+//!    coverage or behind a writer's cursor. It keeps the descriptor open, and needs nothing else.
+//! 3. Coverage is committed only after the data was synced, and what the last process left behind
+//!    without an orderly end is verified against checksums before it is served (ADR 8).
+//!
+//! Who does what:
+//!
+//! ```text
+//!  tier.rs        DiskTier: open, lookup, load, admit, reserve/evict, purge, close
+//!    ├ held.rs      HeldRevision: which blocks of one revision lie where   (the warm path)
+//!    │   ├ coverage.rs  bits and geometry, pure
+//!    │   └ extent.rs    SegmentFile, FileExtent
+//!    ├ writer.rs    BlockWriter, WriterView: bytes in order into segment files
+//!    ├ durability.rs  the one thread that syncs data, then commits coverage
+//!    ├ catalog.rs   SQLite
+//!    └ room.rs      the account of bytes: Reservation → Charge
+//! ```
+//!
+//! **Warm:** [`DiskTier::lookup`] → [`HeldRevision::step`] → [`FileExtent`]: two short locks, no
+//! I/O, nothing written. **Cold:** [`DiskTier::reserve`] → [`HeldRevision::writer`] →
+//! [`BlockWriter::write`]; followers send what [`WriterView::extent`] gives them, and each
+//! completed block is covered in memory at once and durable a moment later.
+//!
+//! Locks, in the order they may be taken: evictor → catalog → map of revisions → state of one
+//! revision → queue of the durability thread. The catalog's lock is held from a read of the catalog until memory agrees with
+//! it, so there is one [`HeldRevision`] per revision and what was purged cannot come back.
 
-use std::fs::File;
-use std::path::PathBuf;
+mod catalog;
+mod coverage;
+mod durability;
+mod extent;
+mod held;
+mod room;
+#[cfg(test)]
+mod tests;
+mod tier;
+mod writer;
+
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use bytes::Bytes;
+pub use extent::{FileExtent, SegmentFile};
+pub use held::{HeldRevision, Step};
+pub use room::Reservation;
+pub use tier::DiskTier;
+pub use writer::{BlockWriter, WriterView};
 
-use crate::object::{ObjectKey, Representation, Revision};
-use crate::semantics::ByteRange;
-
-/// One segment file, open. Bytes of an unlinked segment go on counting against the capacity until the
-/// last holder lets go.
-#[derive(Debug)]
-pub struct SegmentFile {
-    file: File,
-}
-
-impl SegmentFile {
-    /// The open descriptor, for sendfile.
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-}
-
-/// A stretch of a segment file that certainly holds the bytes of its revision. Minted only by coverage and by a
-/// writer's cursor, so a hole cannot be sent. Holds the descriptor: the extent outlives eviction.
-#[derive(Clone, Debug)]
-pub struct FileExtent {
-    file: Arc<SegmentFile>,
-    offset: u64,
-    len: u64,
-}
-
-impl FileExtent {
-    /// An extent of any file, for tests of what sends extents: nothing vouches for its bytes.
-    #[doc(hidden)]
-    pub fn from_file(file: File, offset: u64, len: u64) -> Self {
-        Self { file: Arc::new(SegmentFile { file }), offset, len }
-    }
-    /// The file to send from.
-    pub fn file(&self) -> &Arc<SegmentFile> {
-        &self.file
-    }
-    /// Where the extent starts in the file (not in the revision).
-    pub fn offset(&self) -> u64 {
-        self.offset
-    }
-    /// Bytes left, at least 1 as minted.
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-    /// Whether all of it was consumed by [`FileExtent::advance`].
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-    /// Drops the first `n` bytes.
-    pub fn advance(&mut self, n: u64) {
-        assert!(n <= self.len);
-        self.offset += n;
-        self.len -= n;
-    }
-}
+use crate::object::{ObjectKey, Representation};
 
 /// Settings of the tier, checked by `config`.
 #[derive(Clone, Debug)]
@@ -73,7 +68,8 @@ pub struct DiskConfig {
     pub capacity: u64,
     /// Bytes of the file system to leave free.
     pub min_free: MinFree,
-    /// Unit of coverage in bytes; a power of two.
+    /// Unit of coverage in bytes; a power of two. Revisions stored with another one are not found,
+    /// and make room as they are the least recently used.
     pub block_size: u64,
 }
 
@@ -87,11 +83,12 @@ pub enum MinFree {
     Percent(f64),
 }
 
-/// The tier.
-pub struct DiskTier;
-
 /// Why the tier could not be opened (message says what to do) or an operation failed.
 #[derive(Debug, thiserror::Error)]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: callers choose between waiting and going past the disk"
+)]
 pub enum DiskError {
     /// Another process holds the directory.
     #[error(
@@ -104,10 +101,13 @@ pub enum DiskError {
         pid: String,
     },
     /// No room even after eviction, or the disk is in trouble: go past it.
-    #[error("no room")]
+    #[error("no room on the disk tier")]
     NoRoom,
+    /// The revision was purged meanwhile: nothing more is written of it. Go past the disk.
+    #[error("the revision was purged from the disk tier")]
+    Purged,
     /// I/O error.
-    #[error("{op} {path}")]
+    #[error("could not {op} {path}")]
     Io {
         /// What was being done.
         op: &'static str,
@@ -115,14 +115,25 @@ pub enum DiskError {
         path: PathBuf,
         /// Cause.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// Catalog error.
     #[error("catalog: {0}")]
     Catalog(String),
 }
 
+impl DiskError {
+    fn io(op: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io {
+            op,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
 /// What memory knows of a revision.
+#[expect(clippy::exhaustive_enums, reason = "closed: memory knows or does not")]
 pub enum Lookup {
     /// Held, wholly or in part.
     Held(Arc<HeldRevision>),
@@ -140,6 +151,11 @@ pub struct CurrentRecord {
 }
 
 /// What to purge.
+#[derive(Clone, Debug)]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: the two forms of POST /purge"
+)]
 pub enum PurgeTarget {
     /// One key, every revision.
     Key(ObjectKey),
@@ -152,8 +168,19 @@ pub enum PurgeTarget {
     },
 }
 
+impl PurgeTarget {
+    fn matches(&self, key: &ObjectKey) -> bool {
+        match self {
+            Self::Key(target) => target == key,
+            Self::Prefix { store, prefix } => {
+                key.store() == store.as_ref() && key.key().starts_with(prefix)
+            }
+        }
+    }
+}
+
 /// What a purge removed.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Purged {
     /// Revisions forgotten.
     pub revisions: u64,
@@ -172,149 +199,13 @@ pub struct DiskStats {
     pub evictions: u64,
     /// Bytes evicted since the start.
     pub evicted_bytes: u64,
+    /// Segments dropped since the start because their file was gone, short or corrupt, or could
+    /// not be synced.
+    pub quarantines: u64,
     /// Revisions known to memory.
     pub revisions_in_memory: u64,
+    /// Segment files open, those that responses hold included.
+    pub open_files: u64,
     /// Whether writes are being refused for now (disk trouble).
     pub degraded: bool,
-}
-
-impl DiskTier {
-    /// Opens or makes the tier: lock, catalog (migrate), reclaim leftovers in the background. Blocking.
-    pub fn open(_config: DiskConfig) -> Result<Arc<Self>, DiskError> {
-        todo!()
-    }
-    /// Unit of coverage.
-    pub fn block_size(&self) -> u64 {
-        todo!()
-    }
-    /// Memory only; never blocks.
-    pub fn lookup(&self, _revision: &Revision) -> Lookup {
-        todo!()
-    }
-    /// Memory, then the catalog (off the runtime's workers). `None`: not held, or the catalog is in trouble (logged).
-    pub async fn load(&self, _revision: &Revision) -> Option<Arc<HeldRevision>> {
-        todo!()
-    }
-    /// The held entry for this revision, made if need be; stored headers replaced by these.
-    pub async fn admit(
-        &self,
-        _key: &ObjectKey,
-        _representation: &Representation,
-    ) -> Result<Arc<HeldRevision>, DiskError> {
-        todo!()
-    }
-    /// What was current when last asked; survives a restart.
-    pub async fn last_current(&self, _key: &ObjectKey) -> Option<CurrentRecord> {
-        todo!()
-    }
-    /// Write-behind; `None`: the key is absent.
-    pub fn set_current(&self, _key: &ObjectKey, _representation: Option<&Arc<Representation>>) {
-        todo!()
-    }
-    /// Forgets: gone from memory and catalog and unlinked when this returns.
-    pub async fn purge(&self, _target: PurgeTarget) -> Result<Purged, DiskError> {
-        todo!()
-    }
-    /// Room for `bytes`, evicting least recently used segments if need be.
-    pub async fn reserve(&self, _bytes: u64) -> Result<Reservation, DiskError> {
-        todo!()
-    }
-    /// Waits until every completed block is durable.
-    pub async fn flush(&self) -> Result<(), DiskError> {
-        todo!()
-    }
-    /// Counters.
-    pub fn stats(&self) -> DiskStats {
-        todo!()
-    }
-}
-
-/// Room for bytes; given back when dropped, as far as it was not used.
-#[derive(Debug)]
-pub struct Reservation {
-    /// Bytes.
-    pub bytes: u64,
-}
-
-/// A revision the tier knows.
-pub struct HeldRevision;
-
-/// What lies at the start of a range.
-pub enum Step {
-    /// Send this (at most up to the end of its segment), then ask again for the rest.
-    Present(FileExtent),
-    /// Present, but the file is not open yet: await [`HeldRevision::open_at`], then ask again.
-    Closed,
-    /// Not on disk, up to where the next present block (or the range's end) begins. Not block-aligned: the caller aligns.
-    Missing(ByteRange),
-}
-
-impl HeldRevision {
-    /// Which revision.
-    pub fn revision(&self) -> &Revision {
-        todo!()
-    }
-    /// Its metadata, newest.
-    pub fn representation(&self) -> Arc<Representation> {
-        todo!()
-    }
-    /// Replaces the stored headers (equal bytes re-uploaded).
-    pub fn update_representation(&self, _representation: Arc<Representation>) {
-        todo!()
-    }
-    /// Purged: nothing new may be written or found through it.
-    pub fn is_doomed(&self) -> bool {
-        todo!()
-    }
-    /// Memory only, no I/O; counts as a touch for the LRU.
-    pub fn step(&self, _range: ByteRange) -> Step {
-        todo!()
-    }
-    /// Opens the segment file that `offset` lies in, off the runtime's workers. If the file is gone or its size is
-    /// wrong, its coverage is dropped instead (next step says Missing).
-    pub async fn open_at(&self, _offset: u64) {
-        todo!()
-    }
-    /// The first stretch of `range` that is not on disk.
-    pub fn first_missing(&self, _range: ByteRange) -> Option<ByteRange> {
-        todo!()
-    }
-    /// A sequential writer for `range` (block-aligned start; end block-aligned or the object's end), taking its room from
-    /// `reservation`. Pins the segments against eviction until dropped.
-    pub async fn writer(
-        self: &Arc<Self>,
-        _range: ByteRange,
-        _reservation: Reservation,
-    ) -> Result<BlockWriter, DiskError> {
-        todo!()
-    }
-}
-
-/// Writes a stretch in order. Dropping it keeps the completed blocks; a started block is not kept.
-pub struct BlockWriter;
-
-impl BlockWriter {
-    /// Appends; the cursor moves when the bytes are in the page cache (pwrite off the runtime's workers). Blocks completed on the way are covered in memory at
-    /// once and committed later (data synced first).
-    pub async fn write(&mut self, _chunks: Vec<Bytes>) -> Result<(), DiskError> {
-        todo!()
-    }
-    /// A shared view for those who send behind the cursor.
-    pub fn view(&self) -> Arc<WriterView> {
-        todo!()
-    }
-}
-
-/// What a writer has written so far, readable by anyone; outlives the writer.
-pub struct WriterView;
-
-impl WriterView {
-    /// Offset (in the revision) up to which bytes can be sent.
-    pub fn cursor(&self) -> u64 {
-        todo!()
-    }
-    /// The longest extent at the start of `range` that is behind the cursor, within one segment.
-    pub fn extent(&self, _range: ByteRange) -> Option<FileExtent> {
-        todo!()
-    }
 }

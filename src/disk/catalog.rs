@@ -1,0 +1,1043 @@
+//! The catalog: what is on disk, in SQLite.
+//!
+//! Four tables. `objects` remembers what was current for a key; `revisions` names the bytes;
+//! `segments` says which blocks of which file hold them; `checksums` has a CRC32C per block and is
+//! apart so that the first touch of a revision reads only bits. `meta` holds the sum of all
+//! segments' bytes, kept by triggers, so that a start reads one row however much is held.
+//!
+//! There is one connection behind one lock, and [`super::tier`] holds that lock from a read of the
+//! catalog until memory agrees with it. That is what makes loads, admissions, evictions and purges
+//! take turns; nothing on the warm path needs it.
+//!
+//! Durability (ADR 8): WAL, `synchronous=NORMAL`. A power loss keeps a *prefix* of the
+//! transactions. Purges, flushes and the orderly shutdown commit with `synchronous=FULL`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
+use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, params};
+
+use super::coverage::Coverage;
+use super::{CurrentRecord, DiskError, PurgeTarget};
+use crate::object::{ObjectKey, Representation, Revision, Validator};
+
+/// Migrations in order; `user_version` is how many were applied. Append only.
+const MIGRATIONS: &[&str] = &["
+CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO meta (name, value) VALUES
+    ('bytes', 0), ('objects', 0), ('run', 0), ('suspect_run', 0), ('clean', 1), ('syncs', 0);
+
+CREATE TABLE objects (
+    store TEXT NOT NULL, key TEXT NOT NULL, validator TEXT NOT NULL, size INTEGER NOT NULL,
+    last_modified INTEGER, version_id TEXT, headers TEXT NOT NULL, checked_at INTEGER NOT NULL,
+    PRIMARY KEY (store, key)
+) WITHOUT ROWID;
+CREATE INDEX objects_by_age ON objects (checked_at);
+
+CREATE TABLE revisions (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    store TEXT NOT NULL, key TEXT NOT NULL, validator TEXT NOT NULL, size INTEGER NOT NULL,
+    last_modified INTEGER, version_id TEXT, headers TEXT NOT NULL,
+    segment_size INTEGER NOT NULL, block_size INTEGER NOT NULL,
+    UNIQUE (store, key, validator)
+);
+
+CREATE TABLE segments (
+    revision INTEGER NOT NULL, idx INTEGER NOT NULL, incarnation BLOB NOT NULL,
+    run INTEGER NOT NULL, bits BLOB NOT NULL, bytes INTEGER NOT NULL, last_used INTEGER NOT NULL,
+    PRIMARY KEY (revision, idx, incarnation)
+) WITHOUT ROWID;
+CREATE INDEX segments_by_age ON segments (last_used);
+
+CREATE TABLE checksums (incarnation BLOB PRIMARY KEY, crcs BLOB NOT NULL);
+
+CREATE TRIGGER segments_insert AFTER INSERT ON segments BEGIN
+    UPDATE meta SET value = value + new.bytes WHERE name = 'bytes';
+END;
+CREATE TRIGGER segments_update AFTER UPDATE OF bytes ON segments BEGIN
+    UPDATE meta SET value = value + new.bytes - old.bytes WHERE name = 'bytes';
+END;
+CREATE TRIGGER segments_delete AFTER DELETE ON segments BEGIN
+    UPDATE meta SET value = value - old.bytes WHERE name = 'bytes';
+    DELETE FROM checksums WHERE incarnation = old.incarnation;
+END;
+CREATE TRIGGER revisions_delete AFTER DELETE ON revisions BEGIN
+    DELETE FROM segments WHERE revision = old.id;
+END;
+CREATE TRIGGER objects_insert AFTER INSERT ON objects BEGIN
+    UPDATE meta SET value = value + 1 WHERE name = 'objects';
+END;
+CREATE TRIGGER objects_delete AFTER DELETE ON objects BEGIN
+    UPDATE meta SET value = value - 1 WHERE name = 'objects';
+END;
+"];
+
+/// Most rows of `objects`. They are small (about 300 bytes) and worth something only while the
+/// remote is down; beyond this the ones not asked about for longest go.
+const MAX_OBJECTS: i64 = 1_000_000;
+
+const FILE: &str = "catalog.sqlite";
+
+/// Its presence says that a query found the catalog damaged: the next start sets it aside.
+const DAMAGED: &str = "catalog.damaged";
+
+/// One segment file as the catalog knows it.
+#[derive(Clone, Debug)]
+pub(super) struct StoredSegment {
+    pub(super) idx: u64,
+    pub(super) incarnation: u128,
+    /// The run that wrote or last verified it.
+    pub(super) run: i64,
+    pub(super) bits: Vec<u8>,
+    pub(super) bytes: u64,
+    pub(super) last_used: u64,
+}
+
+/// One revision as the catalog knows it.
+#[derive(Debug)]
+pub(super) struct StoredRevision {
+    pub(super) id: i64,
+    pub(super) representation: Representation,
+    pub(super) segment_size: u64,
+    pub(super) block_size: u64,
+    pub(super) segments: Vec<StoredSegment>,
+}
+
+/// Names a row of `segments`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct SegmentId {
+    pub(super) revision: i64,
+    pub(super) idx: u64,
+    pub(super) incarnation: u128,
+}
+
+/// A row that may be evicted.
+#[derive(Debug)]
+pub(super) struct Candidate {
+    pub(super) id: SegmentId,
+    pub(super) revision: Revision,
+    pub(super) bytes: u64,
+    pub(super) last_used: u64,
+}
+
+/// What became true of one segment file: its new blocks are synced.
+#[derive(Debug)]
+pub(super) struct SegmentCommit {
+    pub(super) id: SegmentId,
+    /// Blocks of the segment.
+    pub(super) blocks: u32,
+    pub(super) bytes: u64,
+    pub(super) last_used: u64,
+    /// Block and CRC32C.
+    pub(super) covered: Vec<(u32, u32)>,
+}
+
+/// One write-behind transaction.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub(super) segments: Vec<SegmentCommit>,
+    /// Recency of segments that memory forgets.
+    pub(super) touched: Vec<(SegmentId, u64)>,
+    /// Segments whose checksums were verified by this run.
+    pub(super) verified: Vec<SegmentId>,
+    pub(super) representations: Vec<(i64, Arc<Representation>)>,
+    pub(super) current: Vec<(ObjectKey, Option<CurrentRecord>)>,
+    /// Revisions that memory forgot: not kept if no byte of them is.
+    pub(super) forgotten: Vec<i64>,
+}
+
+/// What a purge deleted.
+#[derive(Debug, Default)]
+pub(super) struct Deleted {
+    /// Every revision up to this id that matches is gone, in the catalog or not.
+    pub(super) up_to: i64,
+    pub(super) revisions: u64,
+    /// Incarnation and bytes.
+    pub(super) segments: Vec<(u128, u64)>,
+}
+
+/// What a start needs to know.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Start {
+    /// Number of this run.
+    pub(super) run: i64,
+    /// Segments recorded by this run or an earlier one must be verified before they are served.
+    pub(super) suspect_run: i64,
+    /// Bytes in segment files.
+    pub(super) bytes: u64,
+    /// The highest recency stamp.
+    pub(super) last_used: u64,
+    /// Revisions up to this id are older than this run.
+    pub(super) last_revision: i64,
+}
+
+/// The lock around the one connection; closed for good by [`Catalog::close`].
+pub(super) struct Catalog {
+    db: Mutex<Option<Db>>,
+}
+
+/// The open catalog.
+pub(super) struct Db {
+    connection: Connection,
+    run: i64,
+    damaged: PathBuf,
+}
+
+impl Catalog {
+    /// Opens `dir`'s catalog and begins a run. A catalog that is damaged or newer than this
+    /// program is set aside, and an empty one begun: a cache that starts cold beats one that does not.
+    pub(super) fn open(dir: &Path) -> Result<(Self, Start), DiskError> {
+        let path = dir.join(FILE);
+        let damaged = dir.join(DAMAGED);
+        if damaged.exists() {
+            set_aside(
+                &path,
+                "corrupt",
+                "a query found it damaged during the last run",
+            )?;
+            remove(&damaged)?;
+        }
+        let opened = match connect(&path) {
+            Ok(connection) => Ok(connection),
+            Err(Refused::Newer(version)) => {
+                let reason = format!(
+                    "it has schema version {version}, and this program knows {} at most",
+                    MIGRATIONS.len()
+                );
+                set_aside(&path, "newer", &reason)?;
+                connect(&path)
+            }
+            Err(Refused::Sqlite(error)) if is_damage(&error) => {
+                set_aside(&path, "corrupt", &error.to_string())?;
+                connect(&path)
+            }
+            refused => refused,
+        };
+        let connection = opened.map_err(|refused| match refused {
+            Refused::Newer(version) => DiskError::Catalog(format!(
+                "{} has schema version {version} right after it was made",
+                path.display()
+            )),
+            Refused::Sqlite(error) => DiskError::Catalog(format!("{}: {error}", path.display())),
+        })?;
+        let mut db = Db {
+            connection,
+            run: 0,
+            damaged,
+        };
+        let start = db.begin_run()?;
+        db.run = start.run;
+        Ok((
+            Self {
+                db: Mutex::new(Some(db)),
+            },
+            start,
+        ))
+    }
+
+    /// A second connection, for checkpoints: they sync, and must not hold the lock meanwhile.
+    pub(super) fn checkpointer(dir: &Path) -> Result<Checkpointer, DiskError> {
+        let connection = Connection::open(dir.join(FILE)).map_err(catalog_error)?;
+        Ok(Checkpointer {
+            connection,
+            commits: 0,
+        })
+    }
+
+    /// Takes the lock. Blocks while others use the catalog, so never on a runtime's worker.
+    pub(super) fn lock(&self) -> Result<MappedMutexGuard<'_, Db>, DiskError> {
+        MutexGuard::try_map(self.db.lock(), Option::as_mut)
+            .map_err(|_| DiskError::Catalog("the tier has been closed".into()))
+    }
+
+    /// The orderly end: records `touched`, marks the run clean and makes it all durable.
+    pub(super) fn close(&self, touched: &[(SegmentId, u64)]) -> Result<(), DiskError> {
+        let mut slot = self.db.lock();
+        let Some(mut db) = slot.take() else {
+            return Ok(());
+        };
+        db.write(Commit::Durable, |tx| {
+            touch(tx, touched)?;
+            tx.execute("UPDATE meta SET value = 1 WHERE name = 'clean'", [])?;
+            Ok(())
+        })
+    }
+}
+
+/// How a transaction ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Commit {
+    /// Atomic and ordered; a power loss may take it back (together with all later ones).
+    Ordered,
+    /// On stable storage when the call returns.
+    Durable,
+}
+
+impl Db {
+    fn begin_run(&mut self) -> Result<Start, DiskError> {
+        self.write(Commit::Ordered, |tx| {
+            if meta(tx, "clean")? == 0 {
+                tx.execute(
+                    "UPDATE meta SET value = (SELECT value FROM meta WHERE name = 'run')
+                     WHERE name = 'suspect_run'",
+                    [],
+                )?;
+            }
+            tx.execute("UPDATE meta SET value = value + 1 WHERE name = 'run'", [])?;
+            tx.execute("UPDATE meta SET value = 0 WHERE name = 'clean'", [])?;
+            let last_used: Option<i64> =
+                tx.query_row("SELECT max(last_used) FROM segments", [], |row| row.get(0))?;
+            Ok(Start {
+                run: meta(tx, "run")?,
+                suspect_run: meta(tx, "suspect_run")?,
+                bytes: unsigned(meta(tx, "bytes")?),
+                last_used: unsigned(last_used.unwrap_or(0)),
+                last_revision: last_revision(tx)?,
+            })
+        })
+    }
+
+    /// One transaction.
+    fn write<T>(
+        &mut self,
+        commit: Commit,
+        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+    ) -> Result<T, DiskError> {
+        let result = (|| {
+            if commit == Commit::Durable {
+                self.connection.pragma_update(None, "synchronous", "FULL")?;
+            }
+            let tx = self.connection.transaction()?;
+            let value = work(&tx)?;
+            if commit == Commit::Durable {
+                // A commit without a change writes no frame and syncs nothing.
+                tx.execute("UPDATE meta SET value = value + 1 WHERE name = 'syncs'", [])?;
+            }
+            tx.commit()?;
+            Ok(value)
+        })();
+        if commit == Commit::Durable {
+            // Cannot fail outside a transaction; were it to, commits would only be slower.
+            let _ = self.connection.pragma_update(None, "synchronous", "NORMAL");
+        }
+        result.map_err(|error| self.failed(error))
+    }
+
+    fn read<T>(
+        &self,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<T, DiskError> {
+        work(&self.connection).map_err(|error| self.failed(error))
+    }
+
+    fn failed(&self, error: rusqlite::Error) -> DiskError {
+        if is_damage(&error) && fs::write(&self.damaged, error.to_string()).is_ok() {
+            tracing::error!(
+                %error,
+                "the catalog is damaged; the next start sets it aside and begins an empty one"
+            );
+        }
+        catalog_error(error)
+    }
+
+    /// The revision and its segments.
+    pub(super) fn find(&self, revision: &Revision) -> Result<Option<StoredRevision>, DiskError> {
+        self.read(|connection| find(connection, revision))
+    }
+
+    /// Records the revision, or the newest headers of the one that is there, and returns it. A
+    /// stored one that was cut up differently or has another size is replaced; its segments are in
+    /// the second value, to be unlinked.
+    pub(super) fn admit(
+        &mut self,
+        key: &ObjectKey,
+        representation: &Representation,
+        segment_size: u64,
+        block_size: u64,
+    ) -> Result<(StoredRevision, Vec<(u128, u64)>), DiskError> {
+        let revision = Revision {
+            key: key.clone(),
+            validator: representation.validator.clone(),
+        };
+        self.write(Commit::Ordered, |tx| {
+            let mut replaced = Vec::new();
+            if let Some(mut stored) = find(tx, &revision)? {
+                if stored.block_size == block_size
+                    && stored.representation.size == representation.size
+                {
+                    if stored.representation != *representation {
+                        update_representation(tx, stored.id, representation)?;
+                        stored.representation = representation.clone();
+                    }
+                    return Ok((stored, replaced));
+                }
+                replaced.extend(
+                    stored
+                        .segments
+                        .iter()
+                        .map(|seg| (seg.incarnation, seg.bytes)),
+                );
+                tx.execute("DELETE FROM revisions WHERE id = ?1", [stored.id])?;
+            }
+            tx.prepare_cached(
+                "INSERT INTO revisions (store, key, validator, size, last_modified, version_id,
+                    headers, segment_size, block_size)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+            )?
+            .execute(params![
+                key.store(),
+                key.key(),
+                representation.validator.as_field_value(),
+                signed(representation.size),
+                representation.last_modified.map(seconds),
+                representation.version_id.as_deref(),
+                headers_to_json(representation),
+                signed(segment_size),
+                signed(block_size),
+            ])?;
+            let stored = StoredRevision {
+                id: tx.last_insert_rowid(),
+                representation: representation.clone(),
+                segment_size,
+                block_size,
+                segments: Vec::new(),
+            };
+            Ok((stored, replaced))
+        })
+    }
+
+    /// One write-behind transaction. Whatever belongs to a revision that has been purged is dropped.
+    pub(super) fn commit(&mut self, batch: &Batch, commit: Commit) -> Result<(), DiskError> {
+        let run = self.run;
+        self.write(commit, |tx| {
+            for segment in &batch.segments {
+                commit_segment(tx, segment, run)?;
+            }
+            touch(tx, &batch.touched)?;
+            for id in &batch.verified {
+                tx.prepare_cached(
+                    "UPDATE segments SET run = ?4
+                     WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
+                )?
+                .execute(params![
+                    id.revision,
+                    signed(id.idx),
+                    blob(id.incarnation),
+                    run
+                ])?;
+            }
+            for (id, representation) in &batch.representations {
+                update_representation(tx, *id, representation)?;
+            }
+            for (key, record) in &batch.current {
+                set_current(tx, key, record.as_ref())?;
+            }
+            for id in &batch.forgotten {
+                tx.prepare_cached(
+                    "DELETE FROM revisions WHERE id = ?1
+                     AND NOT EXISTS (SELECT 1 FROM segments WHERE revision = ?1)",
+                )?
+                .execute([id])?;
+            }
+            let excess = meta(tx, "objects")? - MAX_OBJECTS;
+            if excess > 0 {
+                tx.execute(
+                    "DELETE FROM objects WHERE (store, key) IN
+                        (SELECT store, key FROM objects ORDER BY checked_at LIMIT ?1)",
+                    [excess],
+                )?;
+            }
+            Ok(())
+        })
+    }
+
+    /// What was current for `key`.
+    pub(super) fn current(&self, key: &ObjectKey) -> Result<Option<CurrentRecord>, DiskError> {
+        self.read(|connection| {
+            connection
+                .prepare_cached(
+                    "SELECT validator, size, last_modified, version_id, headers, checked_at
+                     FROM objects WHERE store = ?1 AND key = ?2",
+                )?
+                .query_row(params![key.store(), key.key()], |row| {
+                    Ok(CurrentRecord {
+                        representation: Arc::new(representation(row, 0)?),
+                        checked_at: UNIX_EPOCH + Duration::from_millis(unsigned(row.get(5)?)),
+                    })
+                })
+                .optional()
+        })
+    }
+
+    /// The `limit` rows used longest ago.
+    pub(super) fn oldest(&self, limit: u32) -> Result<Vec<Candidate>, DiskError> {
+        self.read(|connection| {
+            connection
+                .prepare_cached(
+                    "SELECT s.revision, s.idx, s.incarnation, s.bytes, s.last_used,
+                        r.store, r.key, r.validator
+                     FROM segments s JOIN revisions r ON r.id = s.revision
+                     ORDER BY s.last_used LIMIT ?1",
+                )?
+                .query_map([limit], |row| {
+                    Ok(Candidate {
+                        id: SegmentId {
+                            revision: row.get(0)?,
+                            idx: unsigned(row.get(1)?),
+                            incarnation: incarnation(row, 2)?,
+                        },
+                        bytes: unsigned(row.get(3)?),
+                        last_used: unsigned(row.get(4)?),
+                        revision: Revision {
+                            key: ObjectKey::new(row.get::<_, String>(5)?, row.get::<_, String>(6)?),
+                            validator: validator(row, 7)?,
+                        },
+                    })
+                })?
+                .collect()
+        })
+    }
+
+    /// Deletes the rows of `victims`, and stamps `refreshed` with their newer recency. A revision
+    /// in `forgettable` goes too if nothing is left of it, and with it what it was current for.
+    pub(super) fn evict(
+        &mut self,
+        victims: &[SegmentId],
+        refreshed: &[(SegmentId, u64)],
+        forgettable: &[i64],
+    ) -> Result<(), DiskError> {
+        self.write(Commit::Ordered, |tx| {
+            touch(tx, refreshed)?;
+            for id in victims {
+                delete_segment(tx, id)?;
+            }
+            for id in forgettable {
+                tx.prepare_cached(
+                    "DELETE FROM objects WHERE (store, key, validator) IN
+                        (SELECT store, key, validator FROM revisions WHERE id = ?1)
+                     AND NOT EXISTS (SELECT 1 FROM segments WHERE revision = ?1)",
+                )?
+                .execute([id])?;
+                tx.prepare_cached(
+                    "DELETE FROM revisions WHERE id = ?1
+                     AND NOT EXISTS (SELECT 1 FROM segments WHERE revision = ?1)",
+                )?
+                .execute([id])?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Deletes one row: its file is bad or gone.
+    pub(super) fn delete_segment(&mut self, id: &SegmentId) -> Result<(), DiskError> {
+        self.write(Commit::Ordered, |tx| delete_segment(tx, id))
+    }
+
+    /// Deletes what `target` names, durably.
+    pub(super) fn purge(&mut self, target: &PurgeTarget) -> Result<Deleted, DiskError> {
+        // One form for both: keys from `first` on, before `end`. A key is the range that ends
+        // before its least successor, itself followed by a NUL.
+        let (store, first, end) = match target {
+            PurgeTarget::Key(key) => (key.store(), key.key(), Some(format!("{}\0", key.key()))),
+            PurgeTarget::Prefix { store, prefix } => {
+                (store.as_ref(), prefix.as_str(), prefix_end(prefix))
+            }
+        };
+        self.write(Commit::Durable, |tx| {
+            let range = params![store, first, end];
+            let mut deleted = Deleted {
+                up_to: last_revision(tx)?,
+                ..Deleted::default()
+            };
+            let mut statement = tx.prepare(
+                "SELECT s.incarnation, s.bytes FROM revisions r
+                 JOIN segments s ON s.revision = r.id
+                 WHERE r.store = ?1 AND r.key >= ?2 AND (?3 IS NULL OR r.key < ?3)",
+            )?;
+            let mut rows = statement.query(range)?;
+            while let Some(row) = rows.next()? {
+                deleted
+                    .segments
+                    .push((incarnation(row, 0)?, unsigned(row.get(1)?)));
+            }
+            let revisions = tx.execute(
+                "DELETE FROM revisions
+                 WHERE store = ?1 AND key >= ?2 AND (?3 IS NULL OR key < ?3)",
+                range,
+            )?;
+            deleted.revisions = revisions as u64;
+            tx.execute(
+                "DELETE FROM objects
+                 WHERE store = ?1 AND key >= ?2 AND (?3 IS NULL OR key < ?3)",
+                range,
+            )?;
+            Ok(deleted)
+        })
+    }
+
+    /// The CRC32C of each block; those of absent blocks mean nothing.
+    pub(super) fn checksums(&self, incarnation: u128) -> Result<Option<Vec<u32>>, DiskError> {
+        self.read(|connection| {
+            connection
+                .prepare_cached("SELECT crcs FROM checksums WHERE incarnation = ?1")?
+                .query_row(params![blob(incarnation)], |row| {
+                    let bytes: Vec<u8> = row.get(0)?;
+                    Ok(words(&bytes))
+                })
+                .optional()
+        })
+    }
+
+    /// Which of these files have no row.
+    pub(super) fn unknown(&self, files: &[u128]) -> Result<Vec<u128>, DiskError> {
+        self.read(|connection| {
+            let mut statement =
+                connection.prepare_cached("SELECT 1 FROM checksums WHERE incarnation = ?1")?;
+            let mut unknown = Vec::new();
+            for file in files {
+                if !statement.exists(params![blob(*file)])? {
+                    unknown.push(*file);
+                }
+            }
+            Ok(unknown)
+        })
+    }
+
+    /// Up to `limit` revisions in `after..=up_to` of which no byte is held, and the id to go on
+    /// from; empty objects are held without a byte and do not count. `None`: none are left.
+    pub(super) fn bare_revisions(
+        &self,
+        after: i64,
+        up_to: i64,
+        limit: u32,
+    ) -> Result<Option<(i64, Vec<(i64, Revision)>)>, DiskError> {
+        self.read(|connection| {
+            let mut statement = connection.prepare_cached(
+                "SELECT id, store, key, validator, size > 0
+                    AND NOT EXISTS (SELECT 1 FROM segments WHERE revision = id)
+                 FROM revisions WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
+            )?;
+            let mut rows = statement.query(params![after, up_to, limit])?;
+            let (mut last, mut bare) = (None, Vec::new());
+            while let Some(row) = rows.next()? {
+                let id = row.get(0)?;
+                last = Some(id);
+                if row.get(4)? {
+                    let key = ObjectKey::new(row.get::<_, String>(1)?, row.get::<_, String>(2)?);
+                    bare.push((
+                        id,
+                        Revision {
+                            key,
+                            validator: validator(row, 3)?,
+                        },
+                    ));
+                }
+            }
+            Ok(last.map(|last| (last, bare)))
+        })
+    }
+}
+
+/// Moves committed pages from the log into the database, beside readers and writers.
+pub(super) struct Checkpointer {
+    connection: Connection,
+    commits: u32,
+}
+
+impl Checkpointer {
+    /// To be called after each batch; every 64th moves pages. A failure only lets the log grow:
+    /// the next call tries again.
+    pub(super) fn committed(&mut self) {
+        self.commits += 1;
+        if self.commits < 64 {
+            return;
+        }
+        self.commits = 0;
+        let moved = self
+            .connection
+            .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
+        if let Err(error) = moved {
+            tracing::warn!(%error, "could not checkpoint the catalog; its log grows until this works");
+        }
+    }
+}
+
+enum Refused {
+    Newer(i64),
+    Sqlite(rusqlite::Error),
+}
+
+impl From<rusqlite::Error> for Refused {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sqlite(error)
+    }
+}
+
+/// Opens and migrates.
+fn connect(path: &Path) -> Result<Connection, Refused> {
+    let mut connection = Connection::open(path)?;
+    // Only a checkpoint of our own second connection can be in the way, and briefly.
+    connection.busy_timeout(Duration::from_secs(5))?;
+    connection.set_prepared_statement_cache_capacity(64);
+    let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    let applied = usize::try_from(version).map_err(|_| Refused::Newer(version))?;
+    if applied > MIGRATIONS.len() {
+        return Err(Refused::Newer(version));
+    }
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "NORMAL")?;
+    connection.pragma_update(None, "wal_autocheckpoint", 0)?;
+    for (index, migration) in MIGRATIONS.iter().enumerate().skip(applied) {
+        let tx = connection.transaction()?;
+        tx.execute_batch(migration)?;
+        tx.pragma_update(None, "user_version", signed(index as u64 + 1))?;
+        tx.commit()?;
+    }
+    // Touches each table that a start needs, so that damage there shows now.
+    meta(&connection, "bytes")?;
+    Ok(connection)
+}
+
+/// Renames the catalog and its log out of the way.
+fn set_aside(path: &Path, why: &str, reason: &str) -> Result<(), DiskError> {
+    let stamp = millis(SystemTime::now());
+    let aside = format!("{FILE}.{why}-{stamp}");
+    tracing::warn!(
+        catalog = %path.display(), set_aside_as = %aside, reason,
+        "cannot use the catalog: set it aside and start with an empty cache"
+    );
+    for suffix in ["", "-wal", "-shm"] {
+        let from = path.with_file_name(format!("{FILE}{suffix}"));
+        let to = path.with_file_name(format!("{aside}{suffix}"));
+        match fs::rename(&from, &to) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(DiskError::io("rename", &from, error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<(), DiskError> {
+    fs::remove_file(path).map_err(|error| DiskError::io("unlink", path, error))
+}
+
+fn is_damage(error: &rusqlite::Error) -> bool {
+    matches!(
+        error.sqlite_error_code(),
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)
+    ) || matches!(
+        error,
+        // A table, row or value that our schema cannot lack.
+        rusqlite::Error::QueryReturnedNoRows
+            | rusqlite::Error::FromSqlConversionFailure(..)
+            | rusqlite::Error::InvalidColumnType(..)
+    )
+}
+
+fn catalog_error(error: rusqlite::Error) -> DiskError {
+    DiskError::Catalog(error.to_string())
+}
+
+fn meta(connection: &Connection, name: &str) -> rusqlite::Result<i64> {
+    connection
+        .prepare_cached("SELECT value FROM meta WHERE name = ?1")?
+        .query_row([name], |row| row.get(0))
+}
+
+/// The highest id ever given; ids are not reused (`AUTOINCREMENT`).
+fn last_revision(connection: &Connection) -> rusqlite::Result<i64> {
+    let last: Option<i64> = connection
+        .query_row(
+            "SELECT seq FROM sqlite_sequence WHERE name = 'revisions'",
+            [],
+            |row| row.get(0),
+        )
+        .optional()?;
+    Ok(last.unwrap_or(0))
+}
+
+fn find(connection: &Connection, revision: &Revision) -> rusqlite::Result<Option<StoredRevision>> {
+    let stored = connection
+        .prepare_cached(
+            "SELECT validator, size, last_modified, version_id, headers, id, segment_size, block_size
+             FROM revisions WHERE store = ?1 AND key = ?2 AND validator = ?3",
+        )?
+        .query_row(
+            params![
+                revision.key.store(),
+                revision.key.key(),
+                revision.validator.as_field_value()
+            ],
+            |row| {
+                Ok(StoredRevision {
+                    representation: representation(row, 0)?,
+                    id: row.get(5)?,
+                    segment_size: unsigned(row.get(6)?),
+                    block_size: unsigned(row.get(7)?),
+                    segments: Vec::new(),
+                })
+            },
+        )
+        .optional()?;
+    let Some(mut stored) = stored else {
+        return Ok(None);
+    };
+    stored.segments = connection
+        .prepare_cached(
+            "SELECT idx, incarnation, run, bits, bytes, last_used FROM segments
+             WHERE revision = ?1 ORDER BY idx",
+        )?
+        .query_map([stored.id], |row| {
+            Ok(StoredSegment {
+                idx: unsigned(row.get(0)?),
+                incarnation: incarnation(row, 1)?,
+                run: row.get(2)?,
+                bits: row.get(3)?,
+                bytes: unsigned(row.get(4)?),
+                last_used: unsigned(row.get(5)?),
+            })
+        })?
+        .collect::<rusqlite::Result<_>>()?;
+    Ok(Some(stored))
+}
+
+fn commit_segment(tx: &Transaction<'_>, commit: &SegmentCommit, run: i64) -> rusqlite::Result<()> {
+    let id = &commit.id;
+    let alive = tx
+        .prepare_cached("SELECT 1 FROM revisions WHERE id = ?1")?
+        .exists([id.revision])?;
+    if !alive {
+        return Ok(());
+    }
+    let stored: Option<Vec<u8>> = tx
+        .prepare_cached(
+            "SELECT bits FROM segments WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
+        )?
+        .query_row(
+            params![id.revision, signed(id.idx), blob(id.incarnation)],
+            |row| row.get(0),
+        )
+        .optional()?;
+    if stored.is_none() && commit.covered.is_empty() {
+        return Ok(());
+    }
+    let mut coverage = stored
+        .and_then(|bits| Coverage::from_bytes(commit.blocks, &bits))
+        .unwrap_or_else(|| Coverage::empty(commit.blocks));
+    let stored: Option<Vec<u8>> = tx
+        .prepare_cached("SELECT crcs FROM checksums WHERE incarnation = ?1")?
+        .query_row(params![blob(id.incarnation)], |row| row.get(0))
+        .optional()?;
+    let mut crcs = stored.map_or_else(Vec::new, |bytes| words(&bytes));
+    crcs.resize(commit.blocks as usize, 0);
+    for (block, crc) in &commit.covered {
+        coverage.insert(*block);
+        crcs[*block as usize] = *crc;
+    }
+    tx.prepare_cached(
+        "INSERT INTO segments (revision, idx, incarnation, run, bits, bytes, last_used)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+         ON CONFLICT DO UPDATE SET
+            bits = excluded.bits, bytes = excluded.bytes, last_used = excluded.last_used",
+    )?
+    .execute(params![
+        id.revision,
+        signed(id.idx),
+        blob(id.incarnation),
+        run,
+        coverage.to_bytes(),
+        signed(commit.bytes),
+        signed(commit.last_used),
+    ])?;
+    let crcs: Vec<u8> = crcs.iter().flat_map(|crc| crc.to_le_bytes()).collect();
+    tx.prepare_cached(
+        "INSERT INTO checksums (incarnation, crcs) VALUES (?1, ?2)
+         ON CONFLICT DO UPDATE SET crcs = excluded.crcs",
+    )?
+    .execute(params![blob(id.incarnation), crcs])?;
+    Ok(())
+}
+
+fn touch(tx: &Transaction<'_>, touched: &[(SegmentId, u64)]) -> rusqlite::Result<()> {
+    for (id, last_used) in touched {
+        tx.prepare_cached(
+            "UPDATE segments SET last_used = ?4
+             WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
+        )?
+        .execute(params![
+            id.revision,
+            signed(id.idx),
+            blob(id.incarnation),
+            signed(*last_used)
+        ])?;
+    }
+    Ok(())
+}
+
+fn delete_segment(tx: &Transaction<'_>, id: &SegmentId) -> rusqlite::Result<()> {
+    tx.prepare_cached(
+        "DELETE FROM segments WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
+    )?
+    .execute(params![id.revision, signed(id.idx), blob(id.incarnation)])?;
+    Ok(())
+}
+
+fn update_representation(
+    tx: &Transaction<'_>,
+    id: i64,
+    representation: &Representation,
+) -> rusqlite::Result<()> {
+    tx.prepare_cached(
+        "UPDATE revisions SET last_modified = ?2, version_id = ?3, headers = ?4 WHERE id = ?1",
+    )?
+    .execute(params![
+        id,
+        representation.last_modified.map(seconds),
+        representation.version_id.as_deref(),
+        headers_to_json(representation),
+    ])?;
+    Ok(())
+}
+
+fn set_current(
+    tx: &Transaction<'_>,
+    key: &ObjectKey,
+    record: Option<&CurrentRecord>,
+) -> rusqlite::Result<()> {
+    let Some(record) = record else {
+        tx.prepare_cached("DELETE FROM objects WHERE store = ?1 AND key = ?2")?
+            .execute(params![key.store(), key.key()])?;
+        return Ok(());
+    };
+    let representation = &record.representation;
+    tx.prepare_cached(
+        "INSERT INTO objects (store, key, validator, size, last_modified, version_id, headers,
+            checked_at)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
+         ON CONFLICT DO UPDATE SET
+            validator = excluded.validator, size = excluded.size,
+            last_modified = excluded.last_modified, version_id = excluded.version_id,
+            headers = excluded.headers, checked_at = excluded.checked_at",
+    )?
+    .execute(params![
+        key.store(),
+        key.key(),
+        representation.validator.as_field_value(),
+        signed(representation.size),
+        representation.last_modified.map(seconds),
+        representation.version_id.as_deref(),
+        headers_to_json(representation),
+        signed(millis(record.checked_at)),
+    ])?;
+    Ok(())
+}
+
+/// Validator, size, `last_modified`, `version_id` and headers, from column `at` on.
+fn representation(row: &Row<'_>, at: usize) -> rusqlite::Result<Representation> {
+    let last_modified: Option<i64> = row.get(at + 2)?;
+    let version_id: Option<String> = row.get(at + 3)?;
+    let headers: String = row.get(at + 4)?;
+    Ok(Representation {
+        validator: validator(row, at)?,
+        size: unsigned(row.get(at + 1)?),
+        last_modified: last_modified.map(|at| UNIX_EPOCH + Duration::from_secs(unsigned(at))),
+        version_id: version_id.map(Into::into),
+        headers: serde_json::from_str(&headers).map_err(|error| conversion(at + 4, error))?,
+    })
+}
+
+fn validator(row: &Row<'_>, at: usize) -> rusqlite::Result<Validator> {
+    let value: String = row.get(at)?;
+    Validator::from_etag_field(&value).map_err(|error| conversion(at, error))
+}
+
+fn incarnation(row: &Row<'_>, at: usize) -> rusqlite::Result<u128> {
+    row.get(at).map(u128::from_be_bytes)
+}
+
+fn conversion(
+    column: usize,
+    error: impl std::error::Error + Send + Sync + 'static,
+) -> rusqlite::Error {
+    rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, error.into())
+}
+
+fn headers_to_json(representation: &Representation) -> String {
+    serde_json::to_string(&representation.headers).expect("pairs of strings are valid JSON")
+}
+
+fn blob(incarnation: u128) -> [u8; 16] {
+    incarnation.to_be_bytes()
+}
+
+fn words(bytes: &[u8]) -> Vec<u32> {
+    bytes
+        .chunks_exact(4)
+        .map(|word| u32::from_le_bytes(word.try_into().expect("chunks of four")))
+        .collect()
+}
+
+/// Before the epoch counts as the epoch: S3 began in 2006.
+fn seconds(time: SystemTime) -> i64 {
+    signed(
+        time.duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs()),
+    )
+}
+
+fn millis(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
+}
+
+/// SQLite's integers are signed. Nothing we store comes near the limit.
+fn signed(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn unsigned(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
+
+/// The least string above every string that starts with `prefix`; `None`: there is none. UTF-8
+/// sorts by scalar value, as SQLite compares it.
+fn prefix_end(prefix: &str) -> Option<String> {
+    let mut end = prefix.to_owned();
+    while let Some(last) = end.pop() {
+        let next = match last {
+            '\u{d7ff}' => Some('\u{e000}'),
+            other => char::from_u32(other as u32 + 1),
+        };
+        if let Some(next) = next {
+            end.push(next);
+            return Some(end);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// A purge by prefix is a range over the index: exactly the keys that start so.
+        #[test]
+        fn prefix_end_bounds_exactly_the_prefix(
+            prefix in "[ab\u{d7ff}\u{10ffff}]{0,3}",
+            key in "[ab\u{d7ff}\u{e000}\u{10ffff}]{0,5}",
+        ) {
+            let end = prefix_end(&prefix);
+            let inside = key >= prefix && end.is_none_or(|end| key < end);
+            prop_assert_eq!(inside, key.starts_with(&prefix));
+        }
+    }
+}

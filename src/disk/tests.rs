@@ -1,0 +1,1055 @@
+//! The tier as its users see it, and what is on disk when the power goes.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, UNIX_EPOCH};
+
+use bytes::Bytes;
+use parking_lot::{Condvar, Mutex};
+use rusqlite::Connection;
+use tempfile::TempDir;
+
+use super::durability::{KernelSync, Syncer};
+use super::tier::Seams;
+use super::*;
+use crate::object::{ObjectKey, Representation, Revision, Validator};
+use crate::semantics::ByteRange;
+
+const BLOCK: u64 = 4096;
+/// 16 segments of 16 KiB, 4 blocks each.
+const CAPACITY: u64 = 256 << 10;
+const SEGMENT: u64 = 16 << 10;
+
+fn config(dir: &Path) -> DiskConfig {
+    DiskConfig {
+        dir: dir.to_owned(),
+        capacity: CAPACITY,
+        min_free: MinFree::Bytes(0),
+        block_size: BLOCK,
+    }
+}
+
+fn open(dir: &Path) -> Arc<DiskTier> {
+    DiskTier::open(config(dir)).unwrap()
+}
+
+fn key(name: &str) -> ObjectKey {
+    ObjectKey::new("store", name)
+}
+
+fn representation(tag: &str, size: u64) -> Representation {
+    Representation {
+        validator: Validator::from_etag_field(&format!("\"{tag}\"")).unwrap(),
+        size,
+        last_modified: Some(UNIX_EPOCH + Duration::from_secs(1_700_000_000)),
+        version_id: Some("v1".into()),
+        headers: vec![("content-type".into(), "application/x-git".into())],
+    }
+}
+
+fn revision(name: &str, tag: &str) -> Revision {
+    Revision {
+        key: key(name),
+        validator: representation(tag, 0).validator,
+    }
+}
+
+fn range(start: u64, end: u64) -> ByteRange {
+    ByteRange::from_bounds(start, end).unwrap()
+}
+
+/// Bytes that differ from block to block and from name to name.
+fn body(name: &str, size: u64) -> Vec<u8> {
+    let seed = name
+        .bytes()
+        .fold(17_u64, |seed, byte| seed * 31 + u64::from(byte));
+    (0..size)
+        .map(|at| ((at + seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8)
+        .collect()
+}
+
+async fn admit(tier: &DiskTier, name: &str, size: u64) -> Arc<HeldRevision> {
+    tier.admit(&key(name), &representation("a", size))
+        .await
+        .unwrap()
+}
+
+async fn write(tier: &DiskTier, held: &Arc<HeldRevision>, name: &str, stretch: ByteRange) {
+    let bytes = body(name, stretch.end());
+    let reservation = tier.reserve(stretch.len()).await.unwrap();
+    let mut writer = held.writer(stretch, reservation).await.unwrap();
+    // Odd frames, so that blocks and frames do not coincide.
+    for frames in bytes[stretch.start() as usize..].chunks(5000) {
+        let frames = frames.chunks(777).map(Bytes::copy_from_slice).collect();
+        writer.write(frames).await.unwrap();
+    }
+    assert_eq!(writer.view().cursor(), stretch.end());
+}
+
+async fn put(tier: &DiskTier, name: &str, size: u64) -> Arc<HeldRevision> {
+    let held = admit(tier, name, size).await;
+    write(tier, &held, name, range(0, size)).await;
+    held
+}
+
+fn bytes_of(extent: &FileExtent) -> Vec<u8> {
+    let mut bytes = vec![0; extent.len() as usize];
+    extent
+        .file()
+        .file()
+        .read_exact_at(&mut bytes, extent.offset())
+        .unwrap();
+    bytes
+}
+
+/// `None`: some of it is missing.
+async fn read(held: &HeldRevision, wanted: ByteRange) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let mut rest = Some(wanted);
+    while let Some(next) = rest {
+        match held.step(next) {
+            Step::Present(extent) => {
+                assert!(extent.len() <= next.len());
+                bytes.extend(bytes_of(&extent));
+                rest = next.from_offset(next.start() + extent.len());
+            }
+            Step::Closed => held.open_at(next.start()).await,
+            Step::Missing(gap) => {
+                assert_eq!(gap.start(), next.start());
+                return None;
+            }
+        }
+    }
+    Some(bytes)
+}
+
+async fn assert_holds(held: &HeldRevision, name: &str, stretch: ByteRange) {
+    let expected = &body(name, stretch.end())[stretch.start() as usize..];
+    assert!(
+        read(held, stretch)
+            .await
+            .is_some_and(|bytes| bytes == expected)
+    );
+}
+
+fn segment_files(dir: &Path) -> Vec<PathBuf> {
+    let shards = fs::read_dir(dir.join("segments")).unwrap();
+    shards
+        .flat_map(|shard| fs::read_dir(shard.unwrap().path()).unwrap())
+        .map(|file| file.unwrap().path())
+        .collect()
+}
+
+/// What a power loss right now would leave, except that it may keep more.
+fn crash_copy(dir: &Path) -> TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for name in ["catalog.sqlite", "catalog.sqlite-wal"] {
+        if dir.join(name).exists() {
+            fs::copy(dir.join(name), copy.path().join(name)).unwrap();
+        }
+    }
+    for shard in 0..=255_u8 {
+        fs::create_dir_all(copy.path().join(format!("segments/{shard:02x}"))).unwrap();
+    }
+    for file in segment_files(dir) {
+        fs::copy(&file, copy.path().join(file.strip_prefix(dir).unwrap())).unwrap();
+    }
+    copy
+}
+
+fn rows(dir: &Path, table: &str) -> i64 {
+    let catalog = Connection::open(dir.join("catalog.sqlite")).unwrap();
+    catalog
+        .query_row(&format!("SELECT count(*) FROM {table}"), [], |row| {
+            row.get(0)
+        })
+        .unwrap()
+}
+
+fn wait_for_sweep(tier: &DiskTier) {
+    tier.sweeper.lock().take().unwrap().join().unwrap();
+}
+
+#[tokio::test]
+async fn what_was_written_is_served_and_survives_an_orderly_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let size = 3 * SEGMENT + BLOCK + 100;
+    let tier = open(dir.path());
+    let held = admit(&tier, "x", size).await;
+    write(&tier, &held, "x", range(BLOCK, SEGMENT + 2 * BLOCK)).await;
+    write(&tier, &held, "x", range(3 * SEGMENT, size)).await;
+
+    assert!(matches!(held.step(range(0, 10)), Step::Missing(gap) if gap == range(0, 10)));
+    assert!(matches!(held.step(range(7, size)), Step::Missing(gap) if gap == range(7, BLOCK)));
+    assert_eq!(held.first_missing(range(BLOCK, SEGMENT + 2 * BLOCK)), None);
+    assert_eq!(
+        held.first_missing(range(BLOCK + 1, size)),
+        Some(range(SEGMENT + 2 * BLOCK, 3 * SEGMENT))
+    );
+    assert_holds(&held, "x", range(BLOCK + 5, SEGMENT + 2 * BLOCK - 5)).await;
+    assert_holds(&held, "x", range(3 * SEGMENT + 1, size)).await;
+    let used = tier.stats().used_bytes;
+    assert_eq!(used, 5 * BLOCK + BLOCK + 100);
+    tier.close().await.unwrap();
+
+    let tier = open(dir.path());
+    assert_eq!(tier.stats().used_bytes, used);
+    assert!(matches!(tier.lookup(&revision("x", "a")), Lookup::Unknown));
+    let held = tier.load(&revision("x", "a")).await.unwrap();
+    assert!(
+        matches!(tier.lookup(&revision("x", "a")), Lookup::Held(same) if Arc::ptr_eq(&same, &held))
+    );
+    assert_eq!(*held.representation(), representation("a", size));
+    assert_holds(&held, "x", range(BLOCK, SEGMENT + 2 * BLOCK)).await;
+    assert_holds(&held, "x", range(3 * SEGMENT, size)).await;
+    assert_eq!(held.first_missing(range(0, size)), Some(range(0, BLOCK)));
+    // Files of an earlier run are sealed: the rest goes beside them.
+    let files = segment_files(dir.path()).len();
+    write(&tier, &held, "x", range(0, BLOCK)).await;
+    assert_eq!(segment_files(dir.path()).len(), files + 1);
+    assert_holds(&held, "x", range(0, SEGMENT + 2 * BLOCK)).await;
+}
+
+#[tokio::test]
+async fn an_empty_object_is_held_without_a_segment() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    admit(&tier, "empty", 0).await;
+    tier.close().await.unwrap();
+    let tier = open(dir.path());
+    wait_for_sweep(&tier);
+    let held = tier.load(&revision("empty", "a")).await.unwrap();
+    assert_eq!(held.representation().size, 0);
+}
+
+#[tokio::test]
+async fn a_second_open_is_told_who_holds_the_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let Err(DiskError::Locked { pid, .. }) = DiskTier::open(config(dir.path())) else {
+        panic!("opened twice")
+    };
+    assert_eq!(pid, std::process::id().to_string());
+    tier.close().await.unwrap();
+    open(dir.path());
+}
+
+#[tokio::test]
+async fn followers_read_behind_the_cursor_and_a_started_block_is_not_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let held = admit(&tier, "x", 2 * SEGMENT).await;
+    let bytes = body("x", 2 * SEGMENT);
+    let reservation = tier.reserve(SEGMENT + BLOCK).await.unwrap();
+    let mut writer = held
+        .writer(range(SEGMENT - BLOCK, 2 * SEGMENT), reservation)
+        .await
+        .unwrap();
+    let view = writer.view();
+    assert!(view.extent(range(SEGMENT - BLOCK, SEGMENT)).is_none());
+
+    let upto = SEGMENT + BLOCK + 100;
+    let chunk = Bytes::copy_from_slice(&bytes[(SEGMENT - BLOCK) as usize..upto as usize]);
+    writer.write(vec![chunk]).await.unwrap();
+    assert_eq!(view.cursor(), upto);
+    assert!(
+        view.extent(range(SEGMENT - BLOCK - 1, SEGMENT)).is_none(),
+        "before the writer"
+    );
+    assert!(
+        view.extent(range(upto, 2 * SEGMENT)).is_none(),
+        "before the cursor got there"
+    );
+    let first = view.extent(range(SEGMENT - 10, 2 * SEGMENT)).unwrap();
+    assert_eq!(first.len(), 10, "within one segment");
+    let second = view.extent(range(SEGMENT, 2 * SEGMENT)).unwrap();
+    assert_eq!(bytes_of(&second), bytes[SEGMENT as usize..upto as usize]);
+
+    drop(writer);
+    assert_eq!(
+        held.first_missing(range(SEGMENT - BLOCK, 2 * SEGMENT)),
+        Some(range(SEGMENT + BLOCK, 2 * SEGMENT))
+    );
+    // The started block is in its file for good, and counts.
+    assert_eq!(tier.stats().used_bytes, 3 * BLOCK);
+    let before = segment_files(dir.path()).len();
+    write(&tier, &held, "x", range(SEGMENT + BLOCK, 2 * SEGMENT)).await;
+    assert_eq!(
+        segment_files(dir.path()).len(),
+        before + 1,
+        "it must not be written over"
+    );
+    assert_holds(&held, "x", range(SEGMENT - BLOCK, 2 * SEGMENT)).await;
+    assert_eq!(bytes_of(&second), bytes[SEGMENT as usize..upto as usize]);
+
+    tier.close().await.unwrap();
+    assert_eq!(open(dir.path()).stats().used_bytes, 6 * BLOCK);
+}
+
+#[tokio::test]
+async fn a_writer_that_wrote_nothing_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let held = admit(&tier, "x", SEGMENT).await;
+    let reservation = tier.reserve(SEGMENT).await.unwrap();
+    assert_eq!(tier.stats().used_bytes, SEGMENT);
+    let mut writer = held.writer(range(0, SEGMENT), reservation).await.unwrap();
+    writer
+        .write(vec![Bytes::from_static(b"started")])
+        .await
+        .unwrap();
+    drop(writer);
+    tier.flush().await.unwrap();
+    assert_eq!(tier.stats().used_bytes, 0);
+    assert_eq!(segment_files(dir.path()), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
+async fn a_writer_cannot_exceed_its_reservation() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let held = admit(&tier, "x", SEGMENT).await;
+    let reservation = tier.reserve(BLOCK).await.unwrap();
+    let mut writer = held.writer(range(0, SEGMENT), reservation).await.unwrap();
+    let bytes = Bytes::from(body("x", SEGMENT));
+    assert!(matches!(
+        writer.write(vec![bytes]).await,
+        Err(DiskError::NoRoom)
+    ));
+    assert_eq!(tier.stats().used_bytes, BLOCK);
+    assert_eq!(
+        held.first_missing(range(0, SEGMENT)),
+        Some(range(BLOCK, SEGMENT))
+    );
+}
+
+/// Parallel fills of one segment share its file, and none writes a block of another.
+#[tokio::test(flavor = "multi_thread")]
+async fn parallel_writers_share_a_segment() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let held = admit(&tier, "x", SEGMENT).await;
+    let writers = (0..4).map(|block| {
+        let (tier, held) = (Arc::clone(&tier), Arc::clone(&held));
+        tokio::spawn(async move {
+            write(&tier, &held, "x", range(block * BLOCK, (block + 1) * BLOCK)).await;
+        })
+    });
+    for writer in writers.collect::<Vec<_>>() {
+        writer.await.unwrap();
+    }
+    assert_eq!(segment_files(dir.path()).len(), 1);
+    assert_holds(&held, "x", range(0, SEGMENT)).await;
+}
+
+#[tokio::test]
+async fn eviction_takes_the_least_recently_used_and_keeps_to_the_capacity() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    // A restart, so that half is known only to the catalog.
+    for name in ["a", "b", "c"] {
+        put(&tier, name, 4 * SEGMENT).await;
+    }
+    tier.close().await.unwrap();
+    let tier = open(dir.path());
+    let b = tier.load(&revision("b", "a")).await.unwrap();
+    assert_holds(&b, "b", range(0, 4 * SEGMENT)).await;
+    let d = put(&tier, "d", 4 * SEGMENT).await;
+    assert_eq!(tier.stats().used_bytes, CAPACITY);
+
+    // 4 more: `a` is the oldest, and unknown to memory.
+    put(&tier, "e", 4 * SEGMENT).await;
+    assert_eq!(tier.stats().used_bytes, CAPACITY);
+    assert_eq!(tier.stats().evictions, 4);
+    assert!(tier.load(&revision("a", "a")).await.is_none());
+    assert_holds(&b, "b", range(0, 4 * SEGMENT)).await;
+    // 8 more: `c`, which was not touched, then `d`, for `b` was just read.
+    put(&tier, "f", 4 * SEGMENT).await;
+    assert!(tier.load(&revision("c", "a")).await.is_none());
+    assert_holds(&d, "d", range(SEGMENT, 2 * SEGMENT)).await;
+    put(&tier, "g", SEGMENT).await;
+    assert_eq!(
+        d.first_missing(range(0, 4 * SEGMENT)),
+        None,
+        "touched or younger than b"
+    );
+    assert_eq!(
+        b.first_missing(range(0, 4 * SEGMENT)),
+        Some(range(0, SEGMENT))
+    );
+    assert_eq!(
+        tier.stats().used_bytes,
+        CAPACITY - 3 * SEGMENT + 3 * SEGMENT
+    );
+    tier.flush().await.unwrap();
+    let on_disk: u64 = segment_files(dir.path())
+        .iter()
+        .map(|file| file.metadata().unwrap().len())
+        .sum();
+    assert_eq!(on_disk, tier.stats().used_bytes);
+}
+
+#[tokio::test]
+async fn what_is_being_sent_is_not_evicted_and_purged_bytes_count_until_they_were_sent() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let held = put(&tier, "x", CAPACITY).await;
+    let Step::Present(extent) = held.step(range(0, SEGMENT)) else {
+        panic!()
+    };
+    let room = tier.reserve(CAPACITY - SEGMENT).await.unwrap();
+    assert!(matches!(tier.reserve(1).await, Err(DiskError::NoRoom)));
+    assert_eq!(
+        held.first_missing(range(0, CAPACITY)),
+        Some(range(SEGMENT, CAPACITY))
+    );
+    drop(room);
+
+    let purged = tier.purge(PurgeTarget::Key(key("x"))).await.unwrap();
+    assert_eq!(
+        purged,
+        Purged {
+            revisions: 1,
+            bytes: SEGMENT
+        }
+    );
+    assert_eq!(segment_files(dir.path()), Vec::<PathBuf>::new());
+    assert_eq!(tier.stats().used_bytes, SEGMENT, "unlinked, but open");
+    assert!(matches!(
+        tier.reserve(CAPACITY).await,
+        Err(DiskError::NoRoom)
+    ));
+    assert_eq!(bytes_of(&extent), body("x", SEGMENT));
+    drop(extent);
+    assert_eq!(tier.stats().used_bytes, 0);
+    tier.reserve(CAPACITY).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_purge_reaches_what_only_the_catalog_knows_and_lasts() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    for name in ["dir/a", "dir/b", "dir", "dirt", "other"] {
+        put(&tier, name, SEGMENT).await;
+        tier.set_current(&key(name), Some(&Arc::new(representation("a", SEGMENT))));
+    }
+    tier.close().await.unwrap();
+    let tier = open(dir.path());
+    let known = tier.load(&revision("dir/a", "a")).await.unwrap();
+    let target = PurgeTarget::Prefix {
+        store: "store".into(),
+        prefix: "dir/".into(),
+    };
+    let purged = tier.purge(target.clone()).await.unwrap();
+    assert_eq!(
+        purged,
+        Purged {
+            revisions: 2,
+            bytes: 2 * SEGMENT
+        }
+    );
+    assert!(known.is_doomed());
+    assert!(matches!(known.step(range(0, 1)), Step::Missing(_)));
+    // Without another flush or close: what was purged stays so after a power loss.
+    let crashed = crash_copy(dir.path());
+    let after = open(crashed.path());
+    for tier in [&tier, &after] {
+        for name in ["dir/a", "dir/b"] {
+            assert!(matches!(tier.lookup(&revision(name, "a")), Lookup::Unknown));
+            assert!(tier.load(&revision(name, "a")).await.is_none());
+            assert!(tier.last_current(&key(name)).await.is_none());
+        }
+        for name in ["dir", "dirt", "other"] {
+            let held = tier.load(&revision(name, "a")).await.unwrap();
+            assert_holds(&held, name, range(0, SEGMENT)).await;
+            assert!(tier.last_current(&key(name)).await.is_some());
+        }
+        assert_eq!(tier.stats().used_bytes, 3 * SEGMENT);
+    }
+    assert_eq!(tier.purge(target).await.unwrap(), Purged::default());
+}
+
+#[tokio::test]
+async fn a_purged_revision_takes_no_more_bytes_and_its_successor_is_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let held = admit(&tier, "x", SEGMENT).await;
+    let reservation = tier.reserve(SEGMENT).await.unwrap();
+    let mut writer = held.writer(range(0, SEGMENT), reservation).await.unwrap();
+    let bytes = Bytes::from(body("x", SEGMENT));
+    writer
+        .write(vec![bytes.slice(..2 * BLOCK as usize)])
+        .await
+        .unwrap();
+    tier.set_current(&key("x"), Some(&held.representation()));
+    tier.purge(PurgeTarget::Key(key("x"))).await.unwrap();
+    assert!(matches!(
+        writer.write(vec![bytes.slice(2 * BLOCK as usize..)]).await,
+        Err(DiskError::Purged)
+    ));
+    let reservation = tier.reserve(SEGMENT).await.unwrap();
+    assert!(matches!(
+        held.writer(range(0, SEGMENT), reservation).await,
+        Err(DiskError::Purged)
+    ));
+    let successor = admit(&tier, "x", SEGMENT).await;
+    assert!(!Arc::ptr_eq(&held, &successor));
+    drop(writer);
+    tier.flush().await.unwrap();
+    assert_eq!(
+        successor.first_missing(range(0, SEGMENT)),
+        Some(range(0, SEGMENT))
+    );
+    assert_eq!(
+        rows(dir.path(), "segments"),
+        0,
+        "queued blocks of the doomed one are discarded"
+    );
+    assert!(tier.last_current(&key("x")).await.is_none());
+    assert_eq!(tier.stats().used_bytes, 0);
+}
+
+/// Loads and admissions race purges: at the end one revision stands, the catalog agrees with
+/// memory, and the account is exact.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn purge_beats_load_and_admit() {
+    let dir = tempfile::tempdir().unwrap();
+    let seams = Seams {
+        revisions_in_memory: 2,
+        ..Seams::default()
+    };
+    let tier = DiskTier::open_with(config(dir.path()), seams).unwrap();
+    let mut tasks = Vec::new();
+    for task in 0..4 {
+        let tier = Arc::clone(&tier);
+        tasks.push(tokio::spawn(async move {
+            for round in 0..30 {
+                let name = ["x", "y", "z"][(task + round) % 3];
+                match task {
+                    0 => {
+                        tier.purge(PurgeTarget::Key(key(name))).await.unwrap();
+                    }
+                    1 => {
+                        if let Some(held) = tier.load(&revision(name, "a")).await
+                            && let Some(bytes) = read(&held, range(0, SEGMENT)).await
+                        {
+                            assert_eq!(bytes, body(name, SEGMENT));
+                        }
+                    }
+                    _ => {
+                        let held = admit(&tier, name, SEGMENT).await;
+                        let reservation = tier.reserve(SEGMENT).await.unwrap();
+                        if let Ok(mut writer) = held.writer(range(0, SEGMENT), reservation).await {
+                            let written = writer.write(vec![body(name, SEGMENT).into()]).await;
+                            assert!(matches!(written, Ok(()) | Err(DiskError::Purged)));
+                        }
+                    }
+                }
+            }
+        }));
+    }
+    for task in tasks {
+        task.await.unwrap();
+    }
+    tier.close().await.unwrap();
+    // Now that nothing purged waits in the queue with its file open.
+    let used = tier.stats().used_bytes;
+    let on_disk: u64 = segment_files(dir.path())
+        .iter()
+        .map(|file| file.metadata().unwrap().len())
+        .sum();
+    assert_eq!(on_disk, used);
+    let tier = open(dir.path());
+    assert_eq!(tier.stats().used_bytes, used);
+    for name in ["x", "y", "z"] {
+        if let Some(held) = tier.load(&revision(name, "a")).await {
+            assert_holds(&held, name, range(0, SEGMENT)).await;
+        }
+    }
+    let all = PurgeTarget::Prefix {
+        store: "store".into(),
+        prefix: String::new(),
+    };
+    tier.purge(all).await.unwrap();
+    assert_eq!(tier.stats().used_bytes, 0);
+    assert_eq!(segment_files(dir.path()), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
+async fn random_pins_leave_nothing_in_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    put(&tier, "x", SEGMENT).await;
+    for pin in 0..100 {
+        assert!(
+            tier.load(&revision("x", &format!("random-{pin}")))
+                .await
+                .is_none()
+        );
+    }
+    assert_eq!(tier.stats().revisions_in_memory, 1);
+    assert_eq!(rows(dir.path(), "revisions"), 1);
+}
+
+#[tokio::test]
+async fn memory_forgets_what_nobody_holds_and_finds_it_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let seams = Seams {
+        revisions_in_memory: 4,
+        ..Seams::default()
+    };
+    let tier = DiskTier::open_with(config(dir.path()), seams).unwrap();
+    let kept = put(&tier, "kept", BLOCK).await;
+    let extent = {
+        let sent = put(&tier, "sent", BLOCK).await;
+        let Step::Present(extent) = sent.step(range(0, BLOCK)) else {
+            panic!()
+        };
+        extent
+    };
+    for count in 0..20 {
+        put(&tier, &format!("x{count}"), BLOCK).await;
+        admit(&tier, &format!("bare{count}"), BLOCK).await;
+        tier.flush().await.unwrap();
+    }
+    assert!(tier.stats().revisions_in_memory <= 6, "{:?}", tier.stats());
+    assert!(
+        matches!(tier.lookup(kept.revision()), Lookup::Held(same) if Arc::ptr_eq(&same, &kept))
+    );
+    assert!(
+        matches!(tier.lookup(&revision("sent", "a")), Lookup::Held(_)),
+        "its file is in use"
+    );
+    drop(extent);
+    for count in 0..20 {
+        let held = tier
+            .load(&revision(&format!("x{count}"), "a"))
+            .await
+            .unwrap();
+        assert_holds(&held, &format!("x{count}"), range(0, BLOCK)).await;
+    }
+    tier.flush().await.unwrap();
+    assert!(
+        rows(dir.path(), "revisions") < 30,
+        "revisions without a byte are forgotten for good"
+    );
+    assert_eq!(tier.stats().used_bytes, 22 * BLOCK);
+}
+
+#[tokio::test]
+async fn idle_files_are_closed_above_the_cap_and_opened_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let seams = Seams {
+        max_open_files: 4,
+        ..Seams::default()
+    };
+    let tier = DiskTier::open_with(config(dir.path()), seams).unwrap();
+    let held = admit(&tier, "x", 12 * SEGMENT).await;
+    for idx in 0..12 {
+        write(&tier, &held, "x", range(idx * SEGMENT, (idx + 1) * SEGMENT)).await;
+        tier.flush().await.unwrap();
+    }
+    assert!(tier.stats().open_files <= 5, "{:?}", tier.stats());
+    assert_holds(&held, "x", range(0, 12 * SEGMENT)).await;
+    assert!(tier.stats().open_files <= 5, "{:?}", tier.stats());
+    assert_eq!(tier.stats().quarantines, 0);
+}
+
+#[tokio::test]
+async fn after_an_unclean_stop_a_flipped_bit_is_never_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    put(&tier, "good", SEGMENT).await;
+    put(&tier, "bad", 2 * SEGMENT).await;
+    tier.flush().await.unwrap();
+    let crashed = crash_copy(dir.path());
+    let bad = body("bad", SEGMENT);
+    let file = segment_files(crashed.path())
+        .into_iter()
+        .find(|file| fs::read(file).unwrap() == bad)
+        .unwrap();
+    let flip = OpenOptions::new().write(true).open(&file).unwrap();
+    flip.write_all_at(&[!bad[9000]], 9000).unwrap();
+
+    let tier = open(crashed.path());
+    let held = tier.load(&revision("bad", "a")).await.unwrap();
+    // The block asked for is good; one beside it is not, so nothing of the file is trusted.
+    assert_eq!(read(&held, range(0, 10)).await, None);
+    assert!(!file.exists());
+    assert_eq!(
+        held.first_missing(range(0, 2 * SEGMENT)),
+        Some(range(0, SEGMENT))
+    );
+    assert_holds(&held, "bad", range(SEGMENT, 2 * SEGMENT)).await;
+    let good = tier.load(&revision("good", "a")).await.unwrap();
+    assert_holds(&good, "good", range(0, SEGMENT)).await;
+    assert_eq!(tier.stats().quarantines, 1);
+    assert_eq!(tier.stats().used_bytes, 2 * SEGMENT);
+    write(&tier, &held, "bad", range(0, SEGMENT)).await;
+    assert_holds(&held, "bad", range(0, 2 * SEGMENT)).await;
+
+    // What was verified is remembered, what was never opened stays suspect over a clean run.
+    tier.close().await.unwrap();
+    let suspects = "SELECT count(*) FROM segments
+        WHERE run <= (SELECT value FROM meta WHERE name = 'suspect_run')";
+    let catalog = Connection::open(crashed.path().join("catalog.sqlite")).unwrap();
+    let count: i64 = catalog.query_row(suspects, [], |row| row.get(0)).unwrap();
+    assert_eq!(count, 0);
+}
+
+/// What the last clean stop recorded is trusted; finding rot in it is the scrubber's work.
+#[tokio::test]
+async fn after_a_clean_stop_nothing_is_verified() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    put(&tier, "x", SEGMENT).await;
+    tier.close().await.unwrap();
+    let file = OpenOptions::new()
+        .write(true)
+        .open(&segment_files(dir.path())[0])
+        .unwrap();
+    file.write_all_at(&[!body("x", 1)[0]], 0).unwrap();
+    let tier = open(dir.path());
+    let held = tier.load(&revision("x", "a")).await.unwrap();
+    assert!(read(&held, range(0, SEGMENT)).await.is_some());
+    assert_eq!(tier.stats().quarantines, 0);
+}
+
+#[tokio::test]
+async fn a_file_that_is_gone_or_short_drops_its_coverage() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    put(&tier, "gone", SEGMENT).await;
+    tier.flush().await.unwrap();
+    let gone = segment_files(dir.path());
+    put(&tier, "short", SEGMENT).await;
+    tier.close().await.unwrap();
+    for file in segment_files(dir.path()) {
+        if gone.contains(&file) {
+            fs::remove_file(file).unwrap();
+        } else {
+            OpenOptions::new()
+                .write(true)
+                .open(file)
+                .unwrap()
+                .set_len(SEGMENT - 1)
+                .unwrap();
+        }
+    }
+    let tier = open(dir.path());
+    for name in ["gone", "short"] {
+        let held = tier.load(&revision(name, "a")).await.unwrap();
+        assert_eq!(read(&held, range(0, 1)).await, None);
+        assert_eq!(
+            held.first_missing(range(0, SEGMENT)),
+            Some(range(0, SEGMENT))
+        );
+    }
+    assert_eq!(tier.stats().used_bytes, 0);
+    assert_eq!(rows(dir.path(), "segments"), 0);
+}
+
+/// The power went after the eviction's unlink but before its row was gone, and a file of another
+/// incarnation lies there now: the row must not bless it.
+#[tokio::test]
+async fn a_stale_incarnation_blesses_no_other_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    put(&tier, "x", SEGMENT).await;
+    tier.flush().await.unwrap();
+    let crashed = crash_copy(dir.path());
+    let file = segment_files(crashed.path()).remove(0);
+    let mut name = file.file_name().unwrap().to_str().unwrap().to_owned();
+    name.replace_range(
+        31..32,
+        if name.as_bytes()[31] == b'0' {
+            "1"
+        } else {
+            "0"
+        },
+    );
+    let other = file.with_file_name(name);
+    fs::rename(&file, &other).unwrap();
+
+    let tier = open(crashed.path());
+    wait_for_sweep(&tier);
+    assert!(!other.exists(), "no row names it");
+    let held = tier.load(&revision("x", "a")).await.unwrap();
+    assert_eq!(read(&held, range(0, SEGMENT)).await, None);
+}
+
+#[tokio::test]
+async fn the_sweep_removes_leftovers_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    put(&tier, "x", SEGMENT).await;
+    admit(&tier, "bare", SEGMENT).await;
+    tier.close().await.unwrap();
+    let leftover = dir
+        .path()
+        .join("segments/ab/ab00000000000000000000000000000f.seg");
+    let foreign = dir.path().join("segments/ab/README");
+    fs::write(&leftover, "lost").unwrap();
+    fs::write(&foreign, "mine").unwrap();
+
+    let tier = open(dir.path());
+    let held = admit(&tier, "y", SEGMENT).await;
+    let reservation = tier.reserve(SEGMENT).await.unwrap();
+    let writer = held.writer(range(0, SEGMENT), reservation).await.unwrap();
+    wait_for_sweep(&tier);
+    assert!(!leftover.exists());
+    assert!(foreign.exists());
+    // x, what is being written, and the foreign file.
+    assert_eq!(segment_files(dir.path()).len(), 3);
+    assert_eq!(
+        rows(dir.path(), "revisions"),
+        2,
+        "a revision without a byte is swept"
+    );
+    drop(writer);
+}
+
+fn set_aside(dir: &Path, why: &str) -> bool {
+    let names = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    names.into_iter().any(|name| {
+        name.to_str()
+            .unwrap()
+            .starts_with(&format!("catalog.sqlite.{why}-"))
+    })
+}
+
+#[tokio::test]
+async fn a_damaged_or_newer_catalog_is_set_aside() {
+    for (why, spoil) in [
+        (
+            "corrupt",
+            (|path| fs::write(path, [7; 9000]).unwrap()) as fn(&Path),
+        ),
+        ("newer", |path| {
+            let catalog = Connection::open(path).unwrap();
+            catalog.pragma_update(None, "user_version", 1000).unwrap();
+        }),
+        ("corrupt", |path| {
+            fs::write(path.with_file_name("catalog.damaged"), "found by a query").unwrap();
+        }),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let tier = open(dir.path());
+        put(&tier, "x", SEGMENT).await;
+        tier.close().await.unwrap();
+        spoil(&dir.path().join("catalog.sqlite"));
+
+        let tier = open(dir.path());
+        assert!(set_aside(dir.path(), why));
+        assert!(tier.load(&revision("x", "a")).await.is_none());
+        wait_for_sweep(&tier);
+        assert_eq!(segment_files(dir.path()), Vec::<PathBuf>::new());
+        let held = put(&tier, "x", SEGMENT).await;
+        assert_holds(&held, "x", range(0, SEGMENT)).await;
+        tier.close().await.unwrap();
+        let tier = open(dir.path());
+        assert!(tier.load(&revision("x", "a")).await.is_some());
+    }
+}
+
+#[tokio::test]
+async fn revisions_of_another_block_size_are_not_found_and_make_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    put(&tier, "x", SEGMENT).await;
+    put(&tier, "y", SEGMENT).await;
+    tier.close().await.unwrap();
+    let doubled = DiskConfig {
+        block_size: 2 * BLOCK,
+        ..config(dir.path())
+    };
+    let tier = DiskTier::open(doubled).unwrap();
+    assert!(tier.load(&revision("x", "a")).await.is_none());
+    assert_eq!(tier.stats().used_bytes, 2 * SEGMENT);
+    let held = put(&tier, "x", SEGMENT).await;
+    assert_holds(&held, "x", range(0, SEGMENT)).await;
+    assert_eq!(
+        tier.stats().used_bytes,
+        2 * SEGMENT,
+        "admission replaced it"
+    );
+    drop(held);
+    tier.flush().await.unwrap();
+    drop(tier.reserve(CAPACITY).await.unwrap());
+    assert_eq!(tier.stats().used_bytes, 0);
+}
+
+#[tokio::test]
+async fn headers_and_what_was_current_are_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let held = put(&tier, "x", SEGMENT).await;
+    let mut changed = representation("a", SEGMENT);
+    changed
+        .headers
+        .push(("cache-control".into(), "no-store".into()));
+    changed.last_modified = None;
+    assert!(Arc::ptr_eq(
+        &held,
+        &tier.admit(&key("x"), &changed).await.unwrap()
+    ));
+    let changed = Arc::new(changed);
+    assert_eq!(held.representation(), changed);
+    tier.set_current(&key("x"), Some(&changed));
+    tier.set_current(&key("gone"), Some(&changed));
+    tier.flush().await.unwrap();
+    tier.set_current(&key("gone"), None);
+    assert!(
+        tier.last_current(&key("gone")).await.is_none(),
+        "before it is committed"
+    );
+    tier.close().await.unwrap();
+
+    let tier = open(dir.path());
+    let held = tier.load(&revision("x", "a")).await.unwrap();
+    assert_eq!(held.representation(), changed);
+    let current = tier.last_current(&key("x")).await.unwrap();
+    assert_eq!(current.representation, changed);
+    assert!(current.checked_at.elapsed().unwrap() < Duration::from_secs(60));
+    assert!(tier.last_current(&key("gone")).await.is_none());
+}
+
+#[tokio::test]
+async fn one_validator_for_two_lengths_keeps_the_newer() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let held = put(&tier, "x", SEGMENT).await;
+    let other = admit(&tier, "x", 2 * SEGMENT).await;
+    assert!(held.is_doomed());
+    assert_eq!(
+        other.first_missing(range(0, 2 * SEGMENT)),
+        Some(range(0, 2 * SEGMENT))
+    );
+    tier.flush().await.unwrap();
+    assert_eq!(rows(dir.path(), "segments"), 0);
+    drop(held);
+    assert_eq!(tier.stats().used_bytes, 0);
+}
+
+/// Holds `fdatasync` back until the test opens the gate, and can make it fail.
+#[derive(Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+    fail: AtomicBool,
+}
+
+#[derive(Default)]
+struct GateState {
+    open: bool,
+    waiting: bool,
+}
+
+struct Gated(Arc<Gate>);
+
+impl Syncer for Gated {
+    fn data(&self, file: &File) -> io::Result<()> {
+        let mut state = self.0.state.lock();
+        state.waiting = true;
+        self.0.changed.notify_all();
+        self.0.changed.wait_while(&mut state, |state| !state.open);
+        if self.0.fail.load(Ordering::Acquire) {
+            return Err(io::Error::from_raw_os_error(5));
+        }
+        KernelSync.data(file)
+    }
+
+    fn directory(&self, path: &Path) -> io::Result<()> {
+        KernelSync.directory(path)
+    }
+}
+
+impl Gate {
+    fn wait_until_reached(&self) {
+        let mut state = self.state.lock();
+        self.changed.wait_while(&mut state, |state| !state.waiting);
+    }
+
+    fn open(&self) {
+        self.state.lock().open = true;
+        self.changed.notify_all();
+    }
+}
+
+fn gated(dir: &Path) -> (Arc<Gate>, Arc<DiskTier>) {
+    let gate = Arc::new(Gate::default());
+    let seams = Seams {
+        sync: Box::new(Gated(Arc::clone(&gate))),
+        ..Seams::default()
+    };
+    (gate, DiskTier::open_with(config(dir), seams).unwrap())
+}
+
+#[tokio::test]
+async fn coverage_is_never_committed_before_its_data_is_synced() {
+    let dir = tempfile::tempdir().unwrap();
+    let (gate, tier) = gated(dir.path());
+    let held = put(&tier, "x", SEGMENT).await;
+    gate.wait_until_reached();
+    assert_holds(&held, "x", range(0, SEGMENT)).await;
+    assert_eq!(rows(dir.path(), "segments"), 0);
+    let crashed = crash_copy(dir.path());
+    gate.open();
+    tier.flush().await.unwrap();
+    assert_eq!(rows(dir.path(), "segments"), 1);
+    assert!(
+        open(crashed.path())
+            .load(&revision("x", "a"))
+            .await
+            .is_none()
+    );
+}
+
+#[tokio::test]
+async fn what_cannot_be_synced_is_not_kept_and_writes_are_refused_for_a_while() {
+    let dir = tempfile::tempdir().unwrap();
+    let (gate, tier) = gated(dir.path());
+    gate.fail.store(true, Ordering::Release);
+    gate.open();
+    let held = put(&tier, "x", SEGMENT).await;
+    tier.flush().await.unwrap();
+    assert_eq!(
+        held.first_missing(range(0, SEGMENT)),
+        Some(range(0, SEGMENT))
+    );
+    assert_eq!(segment_files(dir.path()), Vec::<PathBuf>::new());
+    assert_eq!(rows(dir.path(), "segments"), 0);
+    assert!(tier.stats().degraded);
+    assert!(matches!(tier.reserve(1).await, Err(DiskError::NoRoom)));
+    assert_eq!(tier.stats().used_bytes, 0);
+}
+
+#[tokio::test]
+async fn min_free_is_left_to_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let greedy = DiskConfig {
+        min_free: MinFree::Percent(100.0),
+        ..config(dir.path())
+    };
+    let tier = DiskTier::open(greedy).unwrap();
+    assert!(matches!(tier.reserve(1).await, Err(DiskError::NoRoom)));
+}
+
+#[tokio::test]
+async fn a_closed_tier_refuses_and_still_sends() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let held = put(&tier, "x", SEGMENT).await;
+    tier.close().await.unwrap();
+    assert!(matches!(tier.reserve(1).await, Err(DiskError::NoRoom)));
+    assert!(tier.flush().await.is_err());
+    assert!(tier.purge(PurgeTarget::Key(key("x"))).await.is_err());
+    assert!(tier.load(&revision("x", "a")).await.is_none());
+    assert_holds(&held, "x", range(0, SEGMENT)).await;
+}

@@ -1,0 +1,1037 @@
+//! The tier itself: which revisions are held, and for how long.
+//!
+//! [`Shared`] is what everything in the tier hangs on; [`DiskTier`] is the handle that opens and
+//! closes it. Memory knows a bounded number of revisions. One that it does not know is looked up in
+//! the catalog at its first touch; one that nobody holds is forgotten when there are too many.
+//!
+//! Load, admission, eviction and purge each hold the catalog's lock from reading or changing rows until
+//! memory agrees. So none of them can put back what another one just took away:
+//!
+//! * A load inserts under the lock it read under, so a purge comes before (the load finds nothing)
+//!   or after (the purge dooms what was loaded). `purge_beats_load_and_admit` guards this.
+//! * A revision that memory forgets has nothing unrecorded: whoever has something to record holds
+//!   the [`HeldRevision`], and one that is held is not forgotten.
+//! * Recency is exact in memory and stale in the catalog, whose index gives the order of eviction. A row that turns
+//!   out to have been used since is stamped anew and passed over, as in second chance. So
+//!   segments that memory does not know go first, and no list of all segments is needed.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use parking_lot::Mutex;
+use rustix::fs::FlockOperation;
+use tokio::sync::oneshot;
+
+use super::catalog::{Catalog, SegmentId, StoredRevision};
+use super::durability::{self, KernelSync, Queue, Syncer};
+use super::held::{HeldRevision, Segment, SegmentKey};
+use super::room::{Reservation, Room};
+use super::{
+    CurrentRecord, DiskConfig, DiskError, DiskStats, Lookup, MinFree, PurgeTarget, Purged,
+};
+use crate::object::{ObjectKey, Representation, Revision};
+
+/// Bytes of a segment where the capacity allows it: few enough files for 1 TB (16 thousand), small enough to evict in steps.
+const SEGMENT_SIZE: u64 = 64 << 20;
+
+/// Segments that should at least fit into the capacity, so that eviction stays fine-grained.
+const MIN_SEGMENTS: u64 = 16;
+
+/// Revisions that memory knows at most, unless more are in use at once. About 1 KiB each.
+const REVISIONS_IN_MEMORY: usize = 16 * 1024;
+
+/// How long writes are refused after the disk failed one.
+const DEGRADED_FOR: Duration = Duration::from_secs(5);
+
+/// How long a look at the file system's free space is good for; bytes of our own are added up meanwhile.
+const FREE_SPACE_FOR: Duration = Duration::from_secs(1);
+
+/// Rows that eviction looks at in one go.
+const CANDIDATES: u32 = 128;
+
+/// The tier.
+pub struct DiskTier {
+    shared: Arc<Shared>,
+    worker: Mutex<Option<JoinHandle<()>>>,
+    pub(super) sweeper: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the parts of the tier share.
+pub(super) struct Shared {
+    dir: PathBuf,
+    min_free: MinFree,
+    pub(super) block_size: u64,
+    segment_size: u64,
+    pub(super) room: Arc<Room>,
+    pub(super) catalog: Catalog,
+    pub(super) queue: Queue,
+    pub(super) sync: Box<dyn Syncer>,
+    pub(super) trouble: Trouble,
+    /// Segments recorded by this run or an earlier one are verified before they are served.
+    pub(super) suspect_run: i64,
+    revisions: Mutex<Revisions>,
+    /// One eviction at a time, else each would evict for all.
+    evictor: Mutex<()>,
+    free_space: Mutex<Option<FreeSpace>>,
+    clock: AtomicU64,
+    random: File,
+    /// The low half of every incarnation of this run: leftovers of earlier ones are told by it.
+    run_mark: u64,
+    opening: Vec<Arc<tokio::sync::Mutex<()>>>,
+    max_open_files: usize,
+    closed: AtomicBool,
+    lock: Mutex<Option<File>>,
+    evictions: AtomicU64,
+    evicted_bytes: AtomicU64,
+    quarantines: AtomicU64,
+}
+
+struct Revisions {
+    by_name: HashMap<Revision, Arc<HeldRevision>>,
+    limit: usize,
+    /// Above this many, memory forgets some.
+    trim_above: usize,
+}
+
+#[derive(Clone, Copy)]
+struct FreeSpace {
+    at: Instant,
+    /// What the file system had left beyond `min_free` and what was promised to writers; below 0
+    /// where others filled it.
+    spare: i128,
+    /// The account at that time.
+    used: u64,
+}
+
+/// What tests change.
+pub(super) struct Seams {
+    pub(super) sync: Box<dyn Syncer>,
+    pub(super) revisions_in_memory: usize,
+    pub(super) max_open_files: usize,
+}
+
+impl Default for Seams {
+    fn default() -> Self {
+        // The rest is for connections, the remote and extents under way.
+        let quarter = rustix::process::getrlimit(rustix::process::Resource::Nofile)
+            .current
+            .map_or(1 << 16, |limit| {
+                usize::try_from(limit / 4).unwrap_or(1 << 16)
+            });
+        Self {
+            sync: Box::new(KernelSync),
+            revisions_in_memory: REVISIONS_IN_MEMORY,
+            max_open_files: quarter.clamp(16, 1 << 16),
+        }
+    }
+}
+
+impl DiskTier {
+    /// Opens or makes the tier: lock, catalog (migrated, or set aside if it is damaged or newer).
+    /// Files that no row names are removed in the background. Blocking, but for milliseconds
+    /// whatever is held.
+    ///
+    /// # Errors
+    /// [`DiskError::Locked`] if a process has it open; [`DiskError::Io`] and
+    /// [`DiskError::Catalog`] if the directory cannot be used.
+    ///
+    /// # Panics
+    /// If `block_size` is not a power of two; `config` has checked it.
+    pub fn open(config: DiskConfig) -> Result<Arc<Self>, DiskError> {
+        Self::open_with(config, Seams::default())
+    }
+
+    pub(super) fn open_with(config: DiskConfig, seams: Seams) -> Result<Arc<Self>, DiskError> {
+        assert!(
+            config.block_size.is_power_of_two(),
+            "block_size {}",
+            config.block_size
+        );
+        let dir = config.dir;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(|error| DiskError::io("make the directory", &dir, error))?;
+        let lock = lock(&dir)?;
+        make_shards(&dir, seams.sync.as_ref())?;
+        let (catalog, start) = Catalog::open(&dir)?;
+        let checkpointer = Catalog::checkpointer(&dir)?;
+        let mut random = File::open("/dev/urandom")
+            .map_err(|error| DiskError::io("open", Path::new("/dev/urandom"), error))?;
+        let shared = Arc::new(Shared {
+            min_free: config.min_free,
+            block_size: config.block_size,
+            segment_size: segment_size(config.capacity, config.block_size),
+            room: Room::new(config.capacity, start.bytes),
+            catalog,
+            queue: Queue::default(),
+            sync: seams.sync,
+            trouble: Trouble::default(),
+            suspect_run: start.suspect_run,
+            revisions: Mutex::new(Revisions {
+                by_name: HashMap::new(),
+                limit: seams.revisions_in_memory,
+                trim_above: seams.revisions_in_memory,
+            }),
+            evictor: Mutex::new(()),
+            free_space: Mutex::new(None),
+            clock: AtomicU64::new(start.last_used + 1),
+            run_mark: random_u64(&mut random)?,
+            random,
+            opening: (0..64).map(|_| Arc::default()).collect(),
+            max_open_files: seams.max_open_files,
+            closed: AtomicBool::new(false),
+            lock: Mutex::new(Some(lock)),
+            evictions: AtomicU64::new(0),
+            evicted_bytes: AtomicU64::new(0),
+            quarantines: AtomicU64::new(0),
+            dir,
+        });
+        if start.suspect_run == start.run - 1 && start.suspect_run > 0 {
+            tracing::warn!(
+                "the last run did not end orderly: segments it recorded are verified at their first use"
+            );
+        }
+        let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new()
+                .name(name.into())
+                .spawn(work)
+                .map_err(|error| DiskError::io("start a thread for", &shared.dir, error))
+        };
+        let me = Arc::clone(&shared);
+        let worker = spawn(
+            "disk-durability",
+            Box::new(move || durability::run(&me, checkpointer)),
+        )?;
+        let me = Arc::clone(&shared);
+        let sweeper = spawn(
+            "disk-sweep",
+            Box::new(move || me.sweep(start.last_revision)),
+        )?;
+        Ok(Arc::new(Self {
+            shared,
+            worker: Mutex::new(Some(worker)),
+            sweeper: Mutex::new(Some(sweeper)),
+        }))
+    }
+
+    /// Unit of coverage in bytes.
+    pub fn block_size(&self) -> u64 {
+        self.shared.block_size
+    }
+
+    /// Memory only; never blocks.
+    pub fn lookup(&self, revision: &Revision) -> Lookup {
+        self.shared
+            .lookup(revision)
+            .map_or(Lookup::Unknown, Lookup::Held)
+    }
+
+    /// Memory, then the catalog (off the runtime's workers). `None`: no byte of it is held, or the
+    /// catalog is in trouble (logged). What is not held leaves nothing in memory (P12).
+    pub async fn load(&self, revision: &Revision) -> Option<Arc<HeldRevision>> {
+        if let Some(held) = self.shared.lookup(revision) {
+            return Some(held);
+        }
+        let (shared, wanted) = (Arc::clone(&self.shared), revision.clone());
+        match blocking(move || shared.load(wanted)).await {
+            Ok(held) => held,
+            Err(error) => {
+                tracing::error!(%error, key = ?revision.key, "could not look up a revision: taken as not held");
+                None
+            }
+        }
+    }
+
+    /// The held entry for this revision, made if need be; stored headers replaced by these. One
+    /// stored with another size cannot be the same bytes and is purged first.
+    ///
+    /// Cancelling leaves the revision admitted or not.
+    ///
+    /// # Errors
+    /// [`DiskError::Catalog`]: go past the disk.
+    pub async fn admit(
+        &self,
+        key: &ObjectKey,
+        representation: &Representation,
+    ) -> Result<Arc<HeldRevision>, DiskError> {
+        let revision = Revision {
+            key: key.clone(),
+            validator: representation.validator.clone(),
+        };
+        if let Some(held) = self.shared.lookup(&revision)
+            && held.geometry.size == representation.size
+        {
+            held.update_representation(Arc::new(representation.clone()));
+            return Ok(held);
+        }
+        let (shared, representation) = (Arc::clone(&self.shared), representation.clone());
+        blocking(move || shared.admit(revision, &representation)).await
+    }
+
+    /// What was current when last asked; survives a restart. `None` as well if the catalog is in
+    /// trouble (logged).
+    pub async fn last_current(&self, key: &ObjectKey) -> Option<CurrentRecord> {
+        if let Some(pending) = self.shared.queue.pending_current(key) {
+            return pending;
+        }
+        let (shared, wanted) = (Arc::clone(&self.shared), key.clone());
+        let found = blocking(move || {
+            let db = shared.catalog.lock()?;
+            // Under the lock: a purge or a commit may have come in between.
+            match shared.queue.pending_current(&wanted) {
+                Some(pending) => Ok(pending),
+                None => db.current(&wanted),
+            }
+        });
+        found.await.unwrap_or_else(|error| {
+            tracing::error!(%error, ?key, "could not look up what was current");
+            None
+        })
+    }
+
+    /// Write-behind; `None`: the key is absent. Stamped with the time of this call.
+    pub fn set_current(&self, key: &ObjectKey, representation: Option<&Arc<Representation>>) {
+        let record = representation.map(|representation| CurrentRecord {
+            representation: Arc::clone(representation),
+            checked_at: SystemTime::now(),
+        });
+        self.shared.queue.set_current(key, record);
+    }
+
+    /// Forgets: gone from memory and catalog, durably, and unlinked when this returns. Writers of
+    /// what is purged get [`DiskError::Purged`]; extents under way can be sent to their end.
+    ///
+    /// Cancelling does not stop it.
+    ///
+    /// # Errors
+    /// [`DiskError::Catalog`]: nothing was purged.
+    pub async fn purge(&self, target: PurgeTarget) -> Result<Purged, DiskError> {
+        let shared = Arc::clone(&self.shared);
+        blocking(move || shared.purge(&target)).await
+    }
+
+    /// Room for `bytes`, evicting least recently used segments if need be.
+    ///
+    /// # Errors
+    /// [`DiskError::NoRoom`] if what is in use leaves no room, or the disk is in trouble.
+    pub async fn reserve(&self, bytes: u64) -> Result<Reservation, DiskError> {
+        let shared = &self.shared;
+        if shared.closed.load(Ordering::Acquire)
+            || shared.trouble.refuses_writes()
+            || bytes > shared.room.capacity()
+        {
+            return Err(DiskError::NoRoom);
+        }
+        if shared
+            .recent_spare()
+            .is_some_and(|spare| spare >= i128::from(bytes))
+            && let Some(reservation) = shared.room.reserve(bytes)
+        {
+            return Ok(reservation);
+        }
+        let shared = Arc::clone(shared);
+        blocking(move || shared.make_room(bytes)).await
+    }
+
+    /// Waits until every block completed before the call is durable: it survives power loss.
+    ///
+    /// # Errors
+    /// [`DiskError::Catalog`] if coverage could not be committed. Blocks whose data could not be
+    /// synced are dropped and logged, and not an error here.
+    pub async fn flush(&self) -> Result<(), DiskError> {
+        let (done, wait) = oneshot::channel();
+        self.shared.queue.flush(done);
+        wait.await
+            .unwrap_or_else(|_| Err(DiskError::Catalog("the tier has been closed".into())))
+    }
+
+    /// The orderly end: records everything, so that the next start trusts it, and releases the
+    /// directory. Reservations are refused from here on; extents can still be sent.
+    ///
+    /// # Errors
+    /// [`DiskError::Catalog`] if that could not be recorded; the next start verifies instead.
+    pub async fn close(&self) -> Result<(), DiskError> {
+        self.shared.closed.store(true, Ordering::Release);
+        self.shared.queue.close();
+        let threads = [self.worker.lock().take(), self.sweeper.lock().take()];
+        let shared = Arc::clone(&self.shared);
+        blocking(move || {
+            for thread in threads.into_iter().flatten() {
+                if thread.join().is_err() {
+                    return Err(DiskError::Catalog(
+                        "a thread of the disk tier panicked".into(),
+                    ));
+                }
+            }
+            let held = std::mem::take(&mut shared.revisions.lock().by_name);
+            let touched: Vec<_> = held.values().flat_map(touched_since_recorded).collect();
+            let closed = shared.catalog.close(&touched);
+            *shared.lock.lock() = None;
+            closed
+        })
+        .await
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> DiskStats {
+        let shared = &self.shared;
+        DiskStats {
+            used_bytes: shared.room.used(),
+            capacity_bytes: shared.room.capacity(),
+            evictions: shared.evictions.load(Ordering::Relaxed),
+            evicted_bytes: shared.evicted_bytes.load(Ordering::Relaxed),
+            quarantines: shared.quarantines.load(Ordering::Relaxed),
+            revisions_in_memory: shared.revisions.lock().by_name.len() as u64,
+            open_files: shared.room.open_files() as u64,
+            degraded: shared.trouble.refuses_writes(),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+}
+
+impl Drop for DiskTier {
+    /// Without [`DiskTier::close`] this is an unclean stop: the next start verifies.
+    fn drop(&mut self) {
+        self.shared.closed.store(true, Ordering::Release);
+        self.shared.queue.close();
+        // Revisions hold the shared part, and it them.
+        let held = std::mem::take(&mut self.shared.revisions.lock().by_name);
+        drop(held);
+    }
+}
+
+impl Shared {
+    /// The next recency stamp. Logical, so that a clock that jumps does not reorder eviction.
+    pub(super) fn tick(&self) -> u64 {
+        self.clock.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn shard_path(&self, incarnation: u128) -> PathBuf {
+        self.dir
+            .join("segments")
+            .join(format!("{:02x}", incarnation >> 120))
+    }
+
+    pub(super) fn segment_path(&self, incarnation: u128) -> PathBuf {
+        self.shard_path(incarnation)
+            .join(format!("{incarnation:032x}.seg"))
+    }
+
+    /// A name that no file had or will have: 64 random bits of its own beside 64 of this run.
+    pub(super) fn new_incarnation(&self) -> Result<u128, DiskError> {
+        let own = random_u64(&mut &self.random)?;
+        Ok(u128::from(own) << 64 | u128::from(self.run_mark))
+    }
+
+    pub(super) fn opening_turn(&self, incarnation: u128) -> Arc<tokio::sync::Mutex<()>> {
+        // The high half is random.
+        let slot = (incarnation >> 64) % self.opening.len() as u128;
+        Arc::clone(&self.opening[usize::try_from(slot).unwrap_or(0)])
+    }
+
+    fn lookup(&self, revision: &Revision) -> Option<Arc<HeldRevision>> {
+        let held = Arc::clone(self.revisions.lock().by_name.get(revision)?);
+        held.touch();
+        Some(held)
+    }
+
+    pub(super) fn is_in_memory(&self, revision: &Revision) -> bool {
+        self.revisions.lock().by_name.contains_key(revision)
+    }
+
+    fn load(self: &Arc<Self>, revision: Revision) -> Result<Option<Arc<HeldRevision>>, DiskError> {
+        let db = self.catalog.lock()?;
+        if let Some(held) = self.lookup(&revision) {
+            return Ok(Some(held));
+        }
+        let Some(stored) = db.find(&revision)? else {
+            return Ok(None);
+        };
+        let bare = stored.segments.is_empty() && stored.representation.size > 0;
+        if bare || stored.block_size != self.block_size {
+            return Ok(None);
+        }
+        Ok(Some(self.insert(revision, stored)))
+    }
+
+    fn admit(
+        self: &Arc<Self>,
+        revision: Revision,
+        representation: &Representation,
+    ) -> Result<Arc<HeldRevision>, DiskError> {
+        let mut db = self.catalog.lock()?;
+        let known = self.lookup(&revision);
+        if let Some(held) = &known
+            && held.geometry.size == representation.size
+        {
+            held.update_representation(Arc::new(representation.clone()));
+            return Ok(Arc::clone(held));
+        }
+        let (stored, replaced) = db.admit(
+            &revision.key,
+            representation,
+            self.segment_size,
+            self.block_size,
+        )?;
+        let mut doomed = Vec::new();
+        if let Some(other) = known {
+            tracing::error!(
+                key = ?revision.key, validator = ?revision.validator,
+                held = other.geometry.size, now = representation.size,
+                "one validator names objects of two lengths; purged the one that was held"
+            );
+            self.revisions.lock().by_name.remove(&revision);
+            doomed = other.doom();
+        }
+        let held = self.insert(revision, stored);
+        drop(db);
+        self.unlink_all(doomed, &replaced);
+        Ok(held)
+    }
+
+    /// To be called under the catalog's lock.
+    fn insert(self: &Arc<Self>, revision: Revision, stored: StoredRevision) -> Arc<HeldRevision> {
+        let held = HeldRevision::new(self, revision.clone(), stored);
+        let forgotten = {
+            let mut revisions = self.revisions.lock();
+            revisions.by_name.insert(revision, Arc::clone(&held));
+            revisions.trim()
+        };
+        for forgotten in forgotten {
+            let touched = touched_since_recorded(&forgotten);
+            let bare = forgotten.state.lock().segments.is_empty();
+            let id = bare.then(|| (forgotten.id, forgotten.revision().clone()));
+            self.queue.forgotten(touched, id);
+        }
+        held
+    }
+
+    fn purge(&self, target: &PurgeTarget) -> Result<Purged, DiskError> {
+        let mut db = self.catalog.lock()?;
+        self.queue.forget_current(|key| target.matches(key));
+        let deleted = db.purge(target)?;
+        // Only after the commit: what failed must not be half purged. Until here the lock kept
+        // everyone else from admitting or loading.
+        let doomed: Vec<_> = {
+            let mut revisions = self.revisions.lock();
+            let matching = revisions.by_name.extract_if(|revision, held| {
+                held.id <= deleted.up_to && target.matches(&revision.key)
+            });
+            matching.map(|(_, held)| held).collect()
+        };
+        let segments: Vec<_> = doomed.iter().flat_map(|held| held.doom()).collect();
+        drop(db);
+        let bytes = self.unlink_all(segments, &deleted.segments);
+        Ok(Purged {
+            revisions: deleted.revisions,
+            bytes,
+        })
+    }
+
+    /// Unlinks what memory gave up and what only the catalog knew. Returns the bytes.
+    fn unlink_all(&self, known: Vec<Segment>, rows: &[(u128, u64)]) -> u64 {
+        let mut bytes = 0;
+        let mut done = HashSet::new();
+        for segment in known {
+            segment.charge.unlink();
+            bytes += segment.charge.bytes();
+            self.unlink(segment.incarnation);
+            done.insert(segment.incarnation);
+        }
+        for (incarnation, row_bytes) in rows {
+            if !done.contains(incarnation) {
+                bytes += row_bytes;
+                self.unlink(*incarnation);
+                self.room.release(*row_bytes);
+            }
+        }
+        bytes
+    }
+
+    /// Removes a file whose row is gone. One that stays is without a row, and swept at the next
+    /// start.
+    pub(super) fn unlink(&self, incarnation: u128) {
+        let path = self.segment_path(incarnation);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                self.trouble.note("unlink", &path, &error);
+            }
+            _ => {}
+        }
+    }
+
+    /// Drops a segment file that cannot be trusted: its row and the file. Blocking.
+    pub(super) fn quarantine(&self, held: &HeldRevision, key: SegmentKey, why: &io::Error) {
+        // Under the catalog's lock, else eviction might count the same bytes as given back.
+        let db = self.catalog.lock();
+        let Some(segment) = held.state.lock().segments.remove(&key) else {
+            return;
+        };
+        let id = held.segment_id(key, &segment);
+        self.quarantines.fetch_add(1, Ordering::Relaxed);
+        tracing::error!(
+            file = %self.segment_path(id.incarnation).display(),
+            key = ?held.revision().key, validator = ?held.revision().validator,
+            bytes = segment.charge.bytes(), reason = %why,
+            "dropped a segment file that cannot be trusted; its bytes are fetched again when asked for"
+        );
+        let deleted = db.and_then(|mut db| db.delete_segment(&id));
+        if let Err(error) = deleted {
+            // The row stays, and finds no file from now on.
+            tracing::error!(%error, "could not take it out of the catalog");
+        }
+        segment.charge.unlink();
+        drop(segment);
+        self.unlink(id.incarnation);
+    }
+
+    fn make_room(&self, bytes: u64) -> Result<Reservation, DiskError> {
+        let _one_at_a_time = self.evictor.lock();
+        let look = self.look_at_free_space()?;
+        let mut flushed = false;
+        loop {
+            let spare = self.spare_since(look);
+            let missing = u64::try_from(i128::from(bytes) - spare).unwrap_or(0);
+            let short = self.room.shortfall(bytes).max(missing);
+            if short == 0 {
+                if let Some(reservation) = self.room.reserve(bytes) {
+                    return Ok(reservation);
+                }
+                continue;
+            }
+            if self.evict(short)? > 0 {
+                continue;
+            }
+            if flushed {
+                return Err(DiskError::NoRoom);
+            }
+            // What was completed a moment ago has no row yet, and can go once it has.
+            let (done, wait) = oneshot::channel();
+            self.queue.flush(done);
+            // Failure is no reason to stop: it shows as nothing to evict.
+            let _ = wait.blocking_recv();
+            flushed = true;
+        }
+    }
+
+    /// Unlinks segments, the least recently used first, until `wanted` bytes are free or nothing
+    /// more can go. Returns the bytes freed.
+    fn evict(&self, wanted: u64) -> Result<u64, DiskError> {
+        let began = self.tick();
+        let mut freed = 0;
+        while freed < wanted {
+            let mut db = self.catalog.lock()?;
+            let candidates = db.oldest(CANDIDATES)?;
+            // Everything younger than this call was looked at by it and is in use.
+            if candidates
+                .first()
+                .is_none_or(|oldest| oldest.last_used >= began)
+            {
+                break;
+            }
+            let mut plan = Eviction::default();
+            for row in candidates {
+                if freed >= wanted || row.last_used >= began {
+                    break;
+                }
+                let held = self.revisions.lock().by_name.get(&row.revision).cloned();
+                let Some(held) = held else {
+                    plan.forgettable.push(row.id.revision);
+                    freed += row.bytes;
+                    plan.stored.push((row.id, row.bytes));
+                    continue;
+                };
+                let mut state = held.state.lock();
+                let found = state
+                    .files_mut(row.id.idx)
+                    .find(|(_, segment)| segment.incarnation == row.id.incarnation);
+                let Some((key, segment)) = found else {
+                    // Memory gave it up (see `HeldRevision::open_at`).
+                    freed += row.bytes;
+                    plan.stored.push((row.id, row.bytes));
+                    continue;
+                };
+                let key = *key;
+                if segment.in_use() {
+                    segment.last_used = self.tick();
+                }
+                if segment.last_used > row.last_used {
+                    segment.stored_last_used = segment.last_used;
+                    plan.refreshed.push((row.id, segment.last_used));
+                } else if let Some(segment) = state.segments.remove(&key) {
+                    freed += segment.charge.bytes();
+                    drop(state);
+                    plan.known.push((held, key, segment));
+                }
+            }
+            self.carry_out(plan, &mut db)?;
+        }
+        Ok(freed)
+    }
+
+    fn carry_out(&self, plan: Eviction, db: &mut super::catalog::Db) -> Result<(), DiskError> {
+        let victims: Vec<_> = plan.victims().collect();
+        if let Err(error) = db.evict(&victims, &plan.refreshed, &plan.forgettable) {
+            for (held, key, segment) in plan.known {
+                held.state.lock().segments.insert(key, segment);
+            }
+            return Err(error);
+        }
+        let mut bytes = 0;
+        for (_, _, segment) in plan.known {
+            segment.charge.unlink();
+            bytes += segment.charge.bytes();
+            let incarnation = segment.incarnation;
+            drop(segment);
+            self.unlink(incarnation);
+        }
+        for (id, row_bytes) in plan.stored {
+            bytes += row_bytes;
+            self.unlink(id.incarnation);
+            self.room.release(row_bytes);
+        }
+        self.evictions
+            .fetch_add(victims.len() as u64, Ordering::Relaxed);
+        self.evicted_bytes.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Closes segment files that nobody sends from, the least recently used first, once there are
+    /// too many. Blocking: looks at every revision in memory, and then makes room for a while.
+    pub(super) fn close_idle_files(&self) {
+        if self.room.open_files() < self.max_open_files {
+            return;
+        }
+        let held: Vec<_> = self.revisions.lock().by_name.values().cloned().collect();
+        let mut idle = Vec::new();
+        for held in &held {
+            for (key, segment) in &held.state.lock().segments {
+                if segment.file.is_some() && !segment.in_use() && segment.recorded {
+                    idle.push((segment.last_used, held, *key));
+                }
+            }
+        }
+        idle.sort_unstable_by_key(|(last_used, _, _)| *last_used);
+        for (_, held, key) in idle.into_iter().take(self.max_open_files / 4 + 1) {
+            let mut state = held.state.lock();
+            if let Some(segment) = state.segments.get_mut(&key)
+                && !segment.in_use()
+            {
+                // It is opened for reading from here on.
+                segment.claimed = None;
+                let file = segment.file.take();
+                drop(state);
+                drop(file);
+            }
+        }
+    }
+
+    /// Bytes that may still be written, from a look not long ago. `None`: look again.
+    fn recent_spare(&self) -> Option<i128> {
+        let look = (*self.free_space.lock())?;
+        (look.at.elapsed() < FREE_SPACE_FOR).then(|| self.spare_since(look))
+    }
+
+    /// What we wrote or promised since the look is gone; what we unlinked has come back.
+    fn spare_since(&self, look: FreeSpace) -> i128 {
+        look.spare + i128::from(look.used) - i128::from(self.room.used())
+    }
+
+    fn look_at_free_space(&self) -> Result<FreeSpace, DiskError> {
+        let used = self.room.used();
+        let reserved = self.room.reserved();
+        let stat = rustix::fs::statvfs(&self.dir)
+            .map_err(|error| DiskError::io("statvfs", &self.dir, error.into()))?;
+        let min_free = match self.min_free {
+            MinFree::Bytes(bytes) => bytes,
+            MinFree::Percent(percent) => percent_of(stat.f_blocks * stat.f_frsize, percent),
+        };
+        let available = i128::from(stat.f_bavail) * i128::from(stat.f_frsize);
+        let spare = available - i128::from(min_free) - i128::from(reserved);
+        let look = FreeSpace {
+            at: Instant::now(),
+            spare,
+            used,
+        };
+        *self.free_space.lock() = Some(look);
+        Ok(look)
+    }
+
+    /// Removes files that no row names, and revisions that an earlier run left without a byte.
+    fn sweep(&self, last_revision: i64) {
+        let swept = self.sweep_files().and_then(|files| {
+            let revisions = self.sweep_revisions(last_revision)?;
+            Ok((files, revisions))
+        });
+        match swept {
+            Ok((0, 0)) => {}
+            Ok((files, revisions)) => {
+                tracing::info!(files, revisions, "removed what an earlier run left over");
+            }
+            Err(_) if self.closed.load(Ordering::Acquire) => {}
+            Err(error) => {
+                tracing::warn!(%error, "could not remove what an earlier run left over; the next start tries again");
+            }
+        }
+    }
+
+    fn sweep_files(&self) -> Result<u64, DiskError> {
+        let mut removed = 0;
+        for shard in 0..=u8::MAX {
+            let dir = self.shard_path(u128::from(shard) << 120);
+            let entries = fs::read_dir(&dir).map_err(|error| DiskError::io("list", &dir, error))?;
+            let files: Vec<u128> = entries
+                .filter_map(|entry| {
+                    let name = entry.ok()?.file_name();
+                    let hex = name.to_str()?.strip_suffix(".seg")?;
+                    u128::from_str_radix(hex, 16).ok()
+                })
+                // Rows for files of earlier runs are only ever deleted, so looking first and
+                // unlinking later is safe for them; a file of this run may be about to get its row.
+                .filter(|incarnation| {
+                    incarnation & u128::from(u64::MAX) != u128::from(self.run_mark)
+                })
+                .collect();
+            for files in files.chunks(256) {
+                if self.closed.load(Ordering::Acquire) {
+                    return Ok(removed);
+                }
+                let unknown = self.catalog.lock()?.unknown(files)?;
+                for incarnation in unknown {
+                    self.unlink(incarnation);
+                    removed += 1;
+                }
+            }
+        }
+        Ok(removed)
+    }
+
+    fn sweep_revisions(&self, last_revision: i64) -> Result<u64, DiskError> {
+        let mut after = 0;
+        let mut removed = 0;
+        while !self.closed.load(Ordering::Acquire) {
+            let mut db = self.catalog.lock()?;
+            let Some((last, bare)) = db.bare_revisions(after, last_revision, 256)? else {
+                break;
+            };
+            after = last;
+            // The lock keeps an admission from bringing one back between this look and the commit.
+            let gone: Vec<i64> = bare
+                .into_iter()
+                .filter(|(_, revision)| !self.is_in_memory(revision))
+                .map(|(id, _)| id)
+                .collect();
+            if !gone.is_empty() {
+                db.evict(&[], &[], &gone)?;
+                removed += gone.len() as u64;
+            }
+        }
+        Ok(removed)
+    }
+}
+
+/// What one round of eviction decided.
+#[derive(Default)]
+struct Eviction {
+    /// Taken out of memory; their charges know the bytes.
+    known: Vec<(Arc<HeldRevision>, SegmentKey, Segment)>,
+    /// Only in the catalog.
+    stored: Vec<(SegmentId, u64)>,
+    refreshed: Vec<(SegmentId, u64)>,
+    forgettable: Vec<i64>,
+}
+
+impl Eviction {
+    fn victims(&self) -> impl Iterator<Item = SegmentId> + '_ {
+        let known = self
+            .known
+            .iter()
+            .map(|(held, key, segment)| held.segment_id(*key, segment));
+        known.chain(self.stored.iter().map(|(id, _)| *id))
+    }
+}
+
+impl Revisions {
+    /// Takes out the revisions used longest ago that nobody holds, once there are too many. They
+    /// are returned so that they are dropped outside the lock.
+    fn trim(&mut self) -> Vec<Arc<HeldRevision>> {
+        if self.by_name.len() <= self.trim_above {
+            return Vec::new();
+        }
+        let mut idle: Vec<_> = self
+            .by_name
+            .values()
+            // An open extent outlives its revision; forgetting it would open its file twice and
+            // count its bytes once.
+            .filter(|held| {
+                Arc::strong_count(held) == 1
+                    && !held.state.lock().segments.values().any(Segment::in_use)
+            })
+            .map(|held| (held.touched(), held.revision().clone()))
+            .collect();
+        idle.sort_unstable_by_key(|(touched, _)| *touched);
+        let excess = self.by_name.len() - self.limit * 3 / 4;
+        let forgotten = idle
+            .into_iter()
+            .take(excess)
+            .filter_map(|(_, revision)| self.by_name.remove(&revision))
+            .collect();
+        // If most are in use, the next look is worth it only after as many more came.
+        self.trim_above = self.limit.max(self.by_name.len() + self.limit / 4);
+        forgotten
+    }
+}
+
+/// Segments of it used since the catalog heard of it.
+fn touched_since_recorded(held: &Arc<HeldRevision>) -> Vec<(SegmentId, u64)> {
+    let state = held.state.lock();
+    let used = state
+        .segments
+        .iter()
+        .filter(|(_, segment)| segment.recorded && segment.last_used != segment.stored_last_used);
+    used.map(|(key, segment)| (held.segment_id(*key, segment), segment.last_used))
+        .collect()
+}
+
+/// Disk trouble: refuses writes for a while after one failed, and logs once until one works again.
+#[derive(Default)]
+pub(super) struct Trouble {
+    since: Mutex<Option<Instant>>,
+    reported: AtomicBool,
+}
+
+impl Trouble {
+    /// A file operation failed.
+    pub(super) fn note(&self, op: &'static str, path: &Path, error: &io::Error) {
+        *self.since.lock() = Some(Instant::now());
+        if !self.reported.swap(true, Ordering::AcqRel) {
+            tracing::error!(
+                op, path = %path.display(), %error,
+                "the cache disk is in trouble: going past it, and trying again every few seconds; \
+                 check free space and the kernel log"
+            );
+        }
+    }
+
+    /// A write worked.
+    pub(super) fn over(&self) {
+        if self.reported.load(Ordering::Relaxed) && self.reported.swap(false, Ordering::AcqRel) {
+            *self.since.lock() = None;
+            tracing::info!("the cache disk takes writes again");
+        }
+    }
+
+    fn refuses_writes(&self) -> bool {
+        self.reported.load(Ordering::Acquire)
+            && self
+                .since
+                .lock()
+                .is_some_and(|since| since.elapsed() < DEGRADED_FOR)
+    }
+}
+
+/// Runs `work` off the runtime's workers.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, DiskError> + Send + 'static,
+) -> Result<T, DiskError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(DiskError::Catalog("the runtime is shutting down".into())),
+        },
+    }
+}
+
+fn segment_size(capacity: u64, block_size: u64) -> u64 {
+    let share = (capacity / MIN_SEGMENTS).max(1);
+    let power = 1_u64 << share.ilog2();
+    power.clamp(block_size, SEGMENT_SIZE.max(block_size))
+}
+
+/// Exclusive for as long as the file is open, whatever becomes of the process.
+fn lock(dir: &Path) -> Result<File, DiskError> {
+    let path = dir.join("lock");
+    let failed = |op| {
+        let path = path.clone();
+        move |error: io::Error| DiskError::Io {
+            op,
+            path,
+            source: error,
+        }
+    };
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(failed("open"))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut pid = String::new();
+            file.read_to_string(&mut pid).map_err(failed("read"))?;
+            return Err(DiskError::Locked {
+                dir: dir.to_owned(),
+                pid: pid.trim().to_owned(),
+            });
+        }
+        Err(error) => return Err(failed("lock")(error.into())),
+    }
+    let written = file
+        .set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| writeln!(file, "{}", std::process::id()));
+    written.map_err(failed("write"))?;
+    Ok(file)
+}
+
+/// Makes `segments/00` to `segments/ff`, so that a new file needs only its own directory synced.
+fn make_shards(dir: &Path, sync: &dyn Syncer) -> Result<(), DiskError> {
+    let segments = dir.join("segments");
+    if segments.join("ff").is_dir() {
+        return Ok(());
+    }
+    for shard in 0..=u8::MAX {
+        let path = segments.join(format!("{shard:02x}"));
+        fs::create_dir_all(&path)
+            .map_err(|error| DiskError::io("make the directory", &path, error))?;
+    }
+    for path in [&segments, dir] {
+        sync.directory(path)
+            .map_err(|error| DiskError::io("sync", path, error))?;
+    }
+    Ok(())
+}
+
+fn random_u64(random: &mut impl Read) -> Result<u64, DiskError> {
+    let mut bytes = [0; 8];
+    random
+        .read_exact(&mut bytes)
+        .map_err(|error| DiskError::io("read", Path::new("/dev/urandom"), error))?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a share of a file system need not be exact; negative percentages become 0"
+)]
+fn percent_of(total: u64, percent: f64) -> u64 {
+    (total as f64 * percent / 100.0) as u64
+}
