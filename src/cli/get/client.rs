@@ -7,8 +7,8 @@
 //! where a response proves that its body is the stretch that was asked for.
 //!
 //! Redirects are followed once and the place they led to is remembered for all connections. Such places are
-//! often signed and expire, so a 403 from one sends us back to the URL that the user gave, once
-//! between two successes.
+//! often signed and expire, so a 403 from a remembered one sends that request back to the URL that the user
+//! gave; a 403 from there is final.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::{Arc, OnceLock};
@@ -40,7 +40,7 @@ use crate::semantics::ByteRange;
 /// A TCP and TLS handshake takes longer than this only if nobody answers.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a server may think before its status line; a cold object behind a gateway takes seconds.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+const HEAD_TIMEOUT: Duration = Duration::from_mins(1);
 /// How long a body may pause. S3 and nginx close connections that stall for 20 to 60 s themselves.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// The first pause between two tries without progress; it doubles up to [`MAX_PAUSE`].
@@ -115,8 +115,6 @@ enum Trouble {
         what: String,
         wait: Option<Duration>,
     },
-    /// 403 from a place that a redirect led to.
-    Expired(GetError),
     Replaced(String),
     Final(GetError),
 }
@@ -142,14 +140,13 @@ pub(super) struct Patience {
     failures: u32,
     /// Bytes came since the last failure: the next try needs no pause.
     progressed: bool,
-    resolved_again: bool,
 }
 
 impl Patience {
     fn progress(&mut self) {
         *self = Self {
             progressed: true,
-            ..Self::default()
+            failures: 0,
         };
     }
 }
@@ -201,7 +198,7 @@ impl Client {
                 Ok(opening) => return Ok(opening),
                 Err(trouble) => {
                     self.bear(&mut patience, trouble, "the first request")
-                        .await?
+                        .await?;
                 }
             }
         }
@@ -424,7 +421,7 @@ impl Client {
         {
             let got = headers
                 .get(CONTENT_RANGE)
-                .map_or("none".into(), |value| format!("{value:?}"));
+                .map_or_else(|| "none".into(), |value| format!("{value:?}"));
             return Err(self
                 .lie(&format!(
                     "was asked for {asked} and sends Content-Range {got}"
@@ -447,7 +444,10 @@ impl Client {
         match (status, pin) {
             (StatusCode::PRECONDITION_FAILED, Some(_)) => {
                 let now = strong_etag(headers);
-                let now = now.map_or("another revision".into(), |e| e.as_field_value().to_owned());
+                let now = now.map_or_else(
+                    || "another revision".into(),
+                    |e| e.as_field_value().to_owned(),
+                );
                 return Trouble::Replaced(now);
             }
             // Some servers look at the range first; a shorter object cannot be the pinned one.
@@ -477,19 +477,12 @@ impl Client {
                 advice: "give credentials with --netrc or -H 'Authorization: …'",
             }
             .into(),
-            StatusCode::FORBIDDEN => {
-                let redirected = *self.target.lock() != self.origin;
-                let denied = GetError::Denied {
-                    url: self.name(),
-                    status: status.to_string(),
-                    advice: "check the credentials, or sign the URL again if it has expired",
-                };
-                if redirected {
-                    Trouble::Expired(denied)
-                } else {
-                    denied.into()
-                }
+            StatusCode::FORBIDDEN => GetError::Denied {
+                url: self.name(),
+                status: status.to_string(),
+                advice: "check the credentials, or sign the URL again if it has expired",
             }
+            .into(),
             StatusCode::REQUEST_TIMEOUT
             | StatusCode::TOO_MANY_REQUESTS
             | StatusCode::INTERNAL_SERVER_ERROR
@@ -522,13 +515,28 @@ impl Client {
         ))
     }
 
-    /// Sends one GET, following redirects. Any status comes back as a response.
+    /// Sends one GET to where redirects led to before. Any status but a redirect comes back as a response.
     async fn send(
         &self,
         range: Option<ByteRange>,
         pin: Option<&Pin>,
     ) -> Result<Response<Incoming>, Trouble> {
-        let mut target = self.target.lock().clone();
+        let remembered = self.target.lock().clone();
+        let known = remembered != self.origin;
+        let response = self.follow(remembered, range, pin).await?;
+        if response.status() == StatusCode::FORBIDDEN && known {
+            return self.follow(self.origin.clone(), range, pin).await;
+        }
+        Ok(response)
+    }
+
+    /// Sends one GET to `target`, and on to where it redirects.
+    async fn follow(
+        &self,
+        mut target: Uri,
+        range: Option<ByteRange>,
+        pin: Option<&Pin>,
+    ) -> Result<Response<Incoming>, Trouble> {
         for _ in 0..=MAX_REDIRECTS {
             let request = self.request(&target, range, pin);
             let pending = if target.scheme() == Some(&Scheme::HTTPS) {
@@ -655,13 +663,6 @@ impl Client {
         let (what, wait) = match trouble {
             Trouble::Final(error) => return Err(error.into()),
             Trouble::Replaced(now) => return Err(Stop::Replaced(now)),
-            Trouble::Expired(error) => {
-                if std::mem::replace(&mut patience.resolved_again, true) {
-                    return Err(error.into());
-                }
-                self.target.lock().clone_from(&self.origin);
-                return Ok(());
-            }
             Trouble::Passing { what, wait } => (what, wait),
         };
         if std::mem::take(&mut patience.progressed) && wait.is_none() {
@@ -730,7 +731,7 @@ fn pool() -> hyper_util::client::legacy::Builder {
 /// Up to `most`, evenly. Not secret, so the standard library's hash keys are random enough.
 fn jitter(most: Duration) -> Duration {
     let random = RandomState::new().build_hasher().finish() >> 32;
-    let nanos = most.as_nanos() * u128::from(random) >> 32;
+    let nanos = (most.as_nanos() * u128::from(random)) >> 32;
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
@@ -864,7 +865,7 @@ mod tests {
 
     use super::*;
 
-    fn with(name: HeaderName, values: &[&str]) -> HeaderMap {
+    fn with(name: &HeaderName, values: &[&str]) -> HeaderMap {
         values
             .iter()
             .map(|v| (name.clone(), HeaderValue::from_str(v).unwrap()))
@@ -874,7 +875,7 @@ mod tests {
     #[test]
     fn content_range_is_read_strictly() {
         let of = |values: &[&str]| {
-            ContentRange::of(&with(CONTENT_RANGE, values)).map(|range| (range.bounds, range.size))
+            ContentRange::of(&with(&CONTENT_RANGE, values)).map(|range| (range.bounds, range.size))
         };
         assert_eq!(of(&["bytes 0-9/10"]), Some((Some((0, 9)), Some(10))));
         assert_eq!(of(&["Bytes 0-9/*"]), Some((Some((0, 9)), None)));
@@ -898,7 +899,7 @@ mod tests {
 
     #[test]
     fn retry_after_takes_seconds_and_dates() {
-        let of = |value: &str| retry_after(&with(RETRY_AFTER, &[value]));
+        let of = |value: &str| retry_after(&with(&RETRY_AFTER, &[value]));
         assert_eq!(of("7"), Some(Duration::from_secs(7)));
         assert_eq!(of("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::ZERO));
         let soon = SystemTime::now() + Duration::from_secs(100);
@@ -910,7 +911,7 @@ mod tests {
 
     #[test]
     fn only_one_strong_quoted_tag_pins() {
-        let of = |values: &[&str]| strong_etag(&with(ETAG, values)).is_some();
+        let of = |values: &[&str]| strong_etag(&with(&ETAG, values)).is_some();
         assert!(of(&["\"a\""]));
         for bad in [&["W/\"a\""][..], &["a"], &["\"a\"", "\"a\""], &[]] {
             assert!(!of(bad), "{bad:?}");

@@ -54,6 +54,9 @@ use crate::semantics::ByteRange;
 /// first is written back while the network works instead of at the end.
 const SAVE_EVERY: Duration = Duration::from_secs(1);
 
+/// How a netrc passes through its parser, which panics on anything but ASCII.
+const PERCENT: &AsciiSet = &AsciiSet::EMPTY.add(b'%');
+
 const EXIT_CODES: &str = "\
 Exit codes:
     0  the file is complete, and verified where the server sent a checksum
@@ -368,7 +371,7 @@ impl<'a> Download<'a> {
         };
         let opening = tokio::select! {
             opening = self.client.open(first, held.as_ref()) => opening?,
-            () = self.cancel.cancelled() => return Err(self.interrupted(part, held.as_ref()).into()),
+            () = self.cancel.cancelled() => return Err(interrupted(part, held.as_ref()).into()),
         };
         match opening {
             Opening::Pinned {
@@ -421,7 +424,7 @@ impl<'a> Download<'a> {
         let result = tokio::select! {
             result = join(&mut workers) => result,
             error = self.save_regularly(part, resumed) => Err(error.into()),
-            () = self.cancel.cancelled() => Err(self.interrupted(part, Some(&pin)).into()),
+            () = self.cancel.cancelled() => Err(interrupted(part, Some(&pin)).into()),
         };
         // Nobody writes to the part file any more when this returns.
         workers.shutdown().await;
@@ -441,7 +444,7 @@ impl<'a> Download<'a> {
                     verdict = verdict => verdict,
                     () = self.cancel.cancelled() => {
                         Arc::clone(part).commit().await?;
-                        return Err(self.interrupted(part, Some(&pin)).into());
+                        return Err(interrupted(part, Some(&pin)).into());
                     }
                 };
                 Some(self.judge(part, verdict.map_err(io::Error::other).flatten())?)
@@ -465,7 +468,7 @@ impl<'a> Download<'a> {
                 let at = whole.body.at;
                 let frame = tokio::select! {
                     frame = whole.body.next() => frame,
-                    () = self.cancel.cancelled() => return Err(self.interrupted(part, None)),
+                    () = self.cancel.cancelled() => return Err(interrupted(part, None)),
                 };
                 match frame {
                     Ok(Some(bytes)) => {
@@ -486,7 +489,7 @@ impl<'a> Download<'a> {
                     Stop::Failed(error) => error,
                     Stop::Replaced(_) => unreachable!("a request without a pin"),
                 })?,
-                () = self.cancel.cancelled() => return Err(self.interrupted(part, None)),
+                () = self.cancel.cancelled() => return Err(interrupted(part, None)),
             };
         };
         let verified = match expected {
@@ -506,25 +509,13 @@ impl<'a> Download<'a> {
         part: &Part,
         verdict: io::Result<Result<&'static str, String>>,
     ) -> Result<&'static str, GetError> {
-        verdict.map_err(|error| part.cannot_read(error))?.or_else(|what| {
+        verdict.map_err(|error| part.cannot_read(&error))?.or_else(|what| {
             let kept = part.distrust()?;
             Err(GetError::Data(format!(
                 "{}: {what}; the bytes are kept in {}, run the same command again to download anew",
                 self.client.name(),
                 kept.display()
             )))
-        })
-    }
-
-    fn interrupted(&self, part: &Part, pin: Option<&Pin>) -> GetError {
-        GetError::Interrupted(match pin {
-            Some(pin) => format!(
-                "{} of {} bytes are in {}; run the same command again to resume",
-                part.written().len(),
-                pin.size,
-                part.path().display()
-            ),
-            None => "nothing was kept; run the same command again".to_owned(),
         })
     }
 
@@ -565,6 +556,18 @@ impl<'a> Download<'a> {
             elapsed,
         }
     }
+}
+
+fn interrupted(part: &Part, pin: Option<&Pin>) -> GetError {
+    GetError::Interrupted(match pin {
+        Some(pin) => format!(
+            "{} of {} bytes are in {}; run the same command again to resume",
+            part.written().len(),
+            pin.size,
+            part.path().display()
+        ),
+        None => "nothing was kept; run the same command again".to_owned(),
+    })
 }
 
 /// One connection's life: chunk after chunk until none is left.
@@ -622,13 +625,12 @@ fn netrc(args: &GetArgs, origin: &Uri) -> Result<Option<HeaderValue>, GetError> 
     };
     let failed = |why: String| GetError::Usage(format!("cannot use {}: {why}", path.display()));
     let text = fs::read(&path).map_err(|error| failed(error.to_string()))?;
-    // The parser knows no comments, and panics on anything but ASCII.
-    const PERCENT: &AsciiSet = &AsciiSet::EMPTY.add(b'%');
+    // The parser knows no comments.
     let lines = text
         .split(|byte| *byte == b'\n')
         .filter(|line| !line.trim_ascii().starts_with(b"#"));
     let text: String = lines
-        .map(|line| format!("{}\n", percent_encode(line, PERCENT)))
+        .flat_map(|line| percent_encode(line, PERCENT).chain(["\n"]))
         .collect();
     let netrc =
         netrc::Netrc::parse(BufReader::new(text.as_bytes())).map_err(|error| match error {

@@ -258,7 +258,7 @@ impl Part {
             .target
             .parent()
             .filter(|dir| !dir.as_os_str().is_empty());
-        File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
+        File::open(directory.unwrap_or_else(|| Path::new(".")))?.sync_all()
     }
 
     /// The part file's name, for messages.
@@ -381,7 +381,7 @@ impl Part {
     }
 
     /// Reading back for the checksum failed.
-    pub(super) fn cannot_read(&self, source: io::Error) -> GetError {
+    pub(super) fn cannot_read(&self, source: &io::Error) -> GetError {
         let why = format!("reading it back: {source}");
         self.cannot_write(io::Error::new(source.kind(), why))
     }
@@ -465,12 +465,12 @@ mod tests {
     proptest! {
         /// Against a bitmap: whatever is inserted, in whatever order, `missing` is the rest, in order and in pieces.
         #[test]
-        fn extents_are_a_set_of_bytes(stretches in prop::collection::vec((0u64..64, 1u64..16), 0..12), chunk in 1u64..20) {
+        fn extents_are_a_set_of_bytes(stretches in prop::collection::vec((0usize..64, 1usize..16), 0..12), chunk in 1u64..20) {
             let mut extents = Extents::default();
             let mut there = [false; 80];
             for (start, len) in stretches {
-                extents.insert(start, start + len);
-                there[start as usize..(start + len) as usize].fill(true);
+                extents.insert(start as u64, (start + len) as u64);
+                there[start..start + len].fill(true);
             }
             prop_assert!(extents.is_sane(80));
             prop_assert_eq!(extents.len(), there.iter().filter(|b| **b).count() as u64);
@@ -478,7 +478,7 @@ mod tests {
             let missing: Vec<ByteRange> = extents.missing(80, chunk).collect();
             prop_assert!(missing.iter().all(|piece| piece.len() <= chunk));
             let bytes: Vec<u64> = missing.iter().flat_map(|piece| piece.start()..piece.end()).collect();
-            let want: Vec<u64> = (0..80).filter(|at| !there[*at as usize]).collect();
+            let want: Vec<u64> = (0u64..).zip(there).filter(|(_, there)| !there).map(|(at, _)| at).collect();
             prop_assert_eq!(bytes, want);
         }
     }

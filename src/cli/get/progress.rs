@@ -112,7 +112,7 @@ impl Console {
         let name = summary
             .file
             .as_ref()
-            .map_or("standard output".into(), |f| f.to_string_lossy());
+            .map_or_else(|| "standard output".into(), |f| f.to_string_lossy());
         self.line(&format_args!(
             "{name}: {} in {:.1} s ({}/s){}, {}",
             HumanBytes(summary.bytes),

@@ -141,12 +141,12 @@ fn remove_dot_segments(path: &str) -> String {
 /// host's move from plain HTTP to TLS on the default ports.
 pub(super) fn same_origin(origin: &Uri, target: &Uri) -> bool {
     let port = |uri: &Uri| {
-        uri.port_u16()
-            .unwrap_or(if uri.scheme() == Some(&Scheme::HTTPS) {
-                443
-            } else {
-                80
-            })
+        let usual = if uri.scheme() == Some(&Scheme::HTTPS) {
+            443
+        } else {
+            80
+        };
+        uri.port_u16().unwrap_or(usual)
     };
     let host = |uri: &Uri| uri.host().map(str::to_ascii_lowercase);
     let upgraded = (port(origin), port(target)) == (80, 443);
@@ -177,10 +177,7 @@ pub(super) fn identity(uri: &Uri) -> String {
         .map_or("", Authority::as_str)
         .to_ascii_lowercase();
     let text = format!("{scheme}://{authority}{}?{}", uri.path(), query.join("&"));
-    Sha256::digest(text)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    BASE64_STANDARD.encode(Sha256::digest(text))
 }
 
 /// The file that a URL without `-o` is saved to, in the working directory: the last path segment, percent-decoded.
