@@ -1,9 +1,9 @@
 //! The configuration: three raw layers, merged, then checked once.
 //!
-//! [`Config::load`] reads flags, environment and file into the same shape ([`raw`]), lays them over
+//! [`Config::load`] reads flags, environment and file into the same shape (`raw`), lays them over
 //! each other (flag > environment > file > default) and turns the result into typed values
-//! ([`check`]). Behind it nothing parses text again. Sizes, durations and percentages have one
-//! spelling each ([`units`]).
+//! (`check`). Behind it nothing parses text again. Sizes, durations and percentages have one
+//! spelling each (`units`).
 //!
 //! A configuration that is wrong is refused whole, with every problem found and the place of each: file,
 //! line and column, or the variable, or the flag. Nothing is opened, resolved or created here, so
@@ -42,8 +42,9 @@ pub const DEFAULT_LISTEN: SocketAddr =
 pub const DEFAULT_ADMIN: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8081);
 
-/// What Kubernetes grants between SIGTERM and SIGKILL unless told otherwise (systemd: 90 s). Raise both for
-/// downloads that should outlive a deployment.
+/// Enough for the part that a slow client has under way. With [`DEFAULT_DRAIN_GRACE`] it is 32 s: less than the
+/// 90 s that systemd waits before it kills, more than the 30 s of Kubernetes, which needs
+/// `terminationGracePeriodSeconds: 40`.
 pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Two periods of a load balancer's usual one-second health check: it has looked elsewhere before the
@@ -61,7 +62,7 @@ pub const DEFAULT_HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What nginx takes in all (4 × 8 KiB): room for a long `If-Match` list and a proxy's cookies, and at most 320 MiB if
 /// all of [`DEFAULT_MAX_CONNECTIONS`] fill it.
-pub const DEFAULT_HEADER_MAX_BYTES: u64 = 32 * KIB;
+pub const DEFAULT_HEADER_MAX_BYTES: usize = 32 << 10;
 
 /// Longer than the 60 s after which the usual load balancers drop an idle connection, so that the
 /// balancer closes first and never sends a request into our close.
@@ -196,38 +197,6 @@ pub struct Config {
     pub dev: Option<PathBuf>,
 }
 
-impl Config {
-    /// Every default, and these mounts: what `demo` and tests start from.
-    pub fn with_mounts(mounts: Vec<MountConfig>) -> Self {
-        Self {
-            server: ServerConfig {
-                listen: DEFAULT_LISTEN,
-                admin: DEFAULT_ADMIN,
-                drain_timeout: DEFAULT_DRAIN_TIMEOUT,
-                drain_grace: DEFAULT_DRAIN_GRACE,
-                log_format: LogFormat::default(),
-                worker_threads: None,
-                max_connections: DEFAULT_MAX_CONNECTIONS,
-                header_timeout: DEFAULT_HEADER_TIMEOUT,
-                header_max_bytes: usize_of(DEFAULT_HEADER_MAX_BYTES),
-                idle_timeout: DEFAULT_IDLE_TIMEOUT,
-                progress_timeout: DEFAULT_PROGRESS_TIMEOUT,
-            },
-            cache: CacheConfig {
-                dir: DEFAULT_CACHE_DIR.into(),
-                capacity: DEFAULT_CAPACITY,
-                min_free: DEFAULT_MIN_FREE,
-                block_size: DEFAULT_BLOCK_SIZE,
-                part_size: DEFAULT_PART_SIZE,
-                fill_budget: DEFAULT_FILL_BUDGET,
-                fan_out: DEFAULT_FAN_OUT,
-            },
-            mounts,
-            dev: None,
-        }
-    }
-}
-
 /// `[server]`
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ServerConfig {
@@ -235,7 +204,7 @@ pub struct ServerConfig {
     pub listen: SocketAddr,
     /// The admin listener. Port 0: any free one.
     pub admin: SocketAddr,
-    /// How long responses under way may take to end once the process was asked to stop.
+    /// How long responses under way may take to end after that.
     #[serde(serialize_with = "duration")]
     pub drain_timeout: Duration,
     /// How long after SIGTERM `/readyz` says 503 while connections are still taken.
@@ -261,6 +230,24 @@ pub struct ServerConfig {
     /// How long a client may take no byte of a response before it is cut.
     #[serde(serialize_with = "duration")]
     pub progress_timeout: Duration,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            listen: DEFAULT_LISTEN,
+            admin: DEFAULT_ADMIN,
+            drain_timeout: DEFAULT_DRAIN_TIMEOUT,
+            drain_grace: DEFAULT_DRAIN_GRACE,
+            log_format: LogFormat::default(),
+            worker_threads: None,
+            max_connections: DEFAULT_MAX_CONNECTIONS,
+            header_timeout: DEFAULT_HEADER_TIMEOUT,
+            header_max_bytes: DEFAULT_HEADER_MAX_BYTES,
+            idle_timeout: DEFAULT_IDLE_TIMEOUT,
+            progress_timeout: DEFAULT_PROGRESS_TIMEOUT,
+        }
+    }
 }
 
 impl ServerConfig {
@@ -296,6 +283,20 @@ pub struct CacheConfig {
     pub fan_out: usize,
 }
 
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self {
+            dir: PathBuf::from(DEFAULT_CACHE_DIR),
+            capacity: DEFAULT_CAPACITY,
+            min_free: DEFAULT_MIN_FREE,
+            block_size: DEFAULT_BLOCK_SIZE,
+            part_size: DEFAULT_PART_SIZE,
+            fill_budget: DEFAULT_FILL_BUDGET,
+            fan_out: DEFAULT_FAN_OUT,
+        }
+    }
+}
+
 impl CacheConfig {
     /// The disk tier's share of it.
     pub fn disk(&self) -> DiskConfig {
@@ -313,14 +314,15 @@ impl CacheConfig {
 pub struct MountConfig {
     /// `/`, or whole segments without a slash at the end: `/a/b`.
     pub path: String,
-    /// The bucket's name.
+    /// The bucket's name, or an access point's ARN.
     pub bucket: String,
     /// Prepended to every key, as it is.
     pub prefix: String,
-    /// `http://` or `https://`, a host, maybe a path; no slash at the end. `None`: AWS.
+    /// `http://` or `https://`, a host, maybe a path; no slash at the end. `None`: what the AWS chain says
+    /// (`AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`, profile), else AWS itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<String>,
-    /// `None`: what the AWS chain says (`AWS_REGION`, profile).
+    /// `None`: what the AWS chain says (`AWS_REGION`, profile); for an endpoint without any, `us-east-1`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub region: Option<String>,
     /// The bucket stands in the path, not in the host name.
@@ -489,6 +491,16 @@ impl Source {
 }
 
 impl Config {
+    /// Every default, and these mounts, unchecked: what `demo` and tests start from.
+    pub fn with_mounts(mounts: Vec<MountConfig>) -> Self {
+        Self {
+            server: ServerConfig::default(),
+            cache: CacheConfig::default(),
+            mounts,
+            dev: None,
+        }
+    }
+
     /// Merges and checks. `variables` is the whole environment; what is not ours is skipped.
     ///
     /// Reads `file` and nothing else.

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
 use clap::Parser;
-use pinrange::cli::{self, Cli, Command, ServeArgs};
+use pinrange::cli::{self, Cli, Command};
 use pinrange::telemetry::{self, LogFormat};
 use tokio::runtime::Builder;
 
@@ -18,35 +18,29 @@ fn main() -> ExitCode {
         }
     };
     match cli.command {
-        Command::Demo(args) => quiet(cli::demo::run(args)),
-        Command::Serve(args) => serve(&args),
-        Command::Get(args) => quiet(cli::get::run(*args)),
+        // These two speak for themselves: only what goes wrong inside is logged.
+        Command::Demo(args) => run(LogFormat::Text, "error", None, cli::demo::run(args)),
+        Command::Get(args) => run(LogFormat::Text, "error", None, cli::get::run(*args)),
+        Command::Serve(args) => match args.config() {
+            Ok(config) => {
+                let (format, threads) = (config.server.log_format, config.server.worker_threads);
+                run(format, "info", threads, cli::serve::run(config))
+            }
+            Err(error) => refuse(&error, cli::EX_CONFIG),
+        },
         Command::Check(args) => cli::check::run(&args),
     }
 }
 
-fn serve(args: &ServeArgs) -> ExitCode {
-    let config = match args.config() {
-        Ok(config) => config,
-        Err(error) => return refuse(&error, cli::EX_CONFIG),
-    };
-    let filter = std::env::var(telemetry::LOG_VARIABLE).ok();
-    if let Err(error) = telemetry::init(config.server.log_format, filter.as_deref(), "info") {
+fn run(
+    format: LogFormat,
+    filter: &str,
+    threads: Option<NonZeroUsize>,
+    command: impl Future<Output = ExitCode>,
+) -> ExitCode {
+    if let Err(error) = telemetry::init(format, filter) {
         return refuse(&error, cli::EX_CONFIG);
     }
-    run(config.server.worker_threads, cli::serve::run(config))
-}
-
-/// `demo` and `get` speak for themselves; only what goes wrong inside is logged.
-fn quiet(command: impl Future<Output = ExitCode>) -> ExitCode {
-    let filter = std::env::var(telemetry::LOG_VARIABLE).ok();
-    match telemetry::init(LogFormat::Text, filter.as_deref(), "error") {
-        Ok(()) => run(None, command),
-        Err(error) => refuse(&error, cli::EX_CONFIG),
-    }
-}
-
-fn run(threads: Option<NonZeroUsize>, command: impl Future<Output = ExitCode>) -> ExitCode {
     let mut builder = Builder::new_multi_thread();
     if let Some(threads) = threads {
         builder.worker_threads(threads.get());

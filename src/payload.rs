@@ -1,4 +1,5 @@
-//! What a response's payload is made of, between the tiers that find bytes and the server that sends them.
+//! What a response's payload is made of, between the tiers that find bytes and the server that
+//! sends them.
 //!
 //! The tiers' reader implements [`ChunkSource`]; the server pulls from it, one chunk at a time and
 //! only as fast as the client takes them. A chunk is either a stretch of a file, which reaches the
@@ -19,8 +20,8 @@ use crate::semantics::ByteRange;
 pub trait ChunkSource: Send {
     /// The next chunk: the first bytes of `range`, at least one and at most `range.len()`.
     ///
-    /// The caller asks again with what is left of the range, so ranges come in the order of the response and
-    /// without gaps within one of them. Not called again after an error.
+    /// The caller asks again with what is left of the range, so ranges come in the order of the
+    /// response and without gaps within one of them. Not called again after an error.
     ///
     /// # Errors
     /// [`BodyError`] when the bytes cannot be had any more. The connection is cut (P3).

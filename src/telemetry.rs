@@ -22,7 +22,6 @@ use prometheus_client::encoding::{
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::{Family, MetricConstructor};
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
-use prometheus_client::metrics::info::Info;
 use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Registry, Unit};
 use serde::Serialize;
@@ -34,17 +33,15 @@ use crate::disk::DiskStats;
 pub const LOG_VARIABLE: &str = "PINRANGE_LOG";
 
 /// Verdict and tier of the requests that make up nearly all of the traffic.
-const REQUESTS: [[&str; 2]; 6] = [
+const REQUESTS: [[&str; 2]; 4] = [
     ["partial", "disk"],
     ["full", "disk"],
-    ["partial", "fill"],
-    ["full", "fill"],
     ["partial", "remote"],
     ["full", "remote"],
 ];
 
-/// Where a body comes from.
-const TIERS: [[&str; 1]; 4] = [["disk"], ["fill"], ["remote"], ["none"]];
+/// Where an answer comes from; `none`: it needed neither.
+const TIERS: [[&str; 1]; 4] = [["disk"], ["remote"], ["stale"], ["none"]];
 
 /// Calls of the remote trait that go well.
 const REMOTE_REQUESTS: [[&str; 2]; 3] = [["read", "ok"], ["read_current", "ok"], ["stat", "ok"]];
@@ -92,14 +89,20 @@ pub enum InitError {
     Repeated,
 }
 
-/// Sends this process's log to stderr, filtered by `filter` (the value of [`LOG_VARIABLE`]; `None`: `default`).
+/// Sends this process's log to stderr, filtered by what [`LOG_VARIABLE`] says or, where it says nothing, by
+/// `default`.
 ///
 /// # Errors
 /// [`InitError`]; nothing is set up then.
-pub fn init(format: LogFormat, filter: Option<&str>, default: &str) -> Result<(), InitError> {
-    let value = filter.unwrap_or(default);
-    let filter = EnvFilter::try_new(value).map_err(|error| InitError::Filter {
-        value: value.to_owned(),
+pub fn init(format: LogFormat, default: &str) -> Result<(), InitError> {
+    let variable = std::env::var_os(LOG_VARIABLE).filter(|value| !value.is_empty());
+    // What is not UTF-8 becomes a filter that cannot be read, and is refused as one.
+    let value = variable.map_or_else(
+        || default.into(),
+        |value| value.to_string_lossy().into_owned(),
+    );
+    let filter = EnvFilter::try_new(&value).map_err(|error| InitError::Filter {
+        value,
         reason: error.to_string(),
     })?;
     let builder = tracing_subscriber::fmt()
@@ -240,7 +243,7 @@ impl Default for Inner {
             requests: Children::new(&REQUESTS),
             ttfb: Children::new(&TIERS),
             duration: Children::new(&TIERS),
-            sent: Children::new(&TIERS[..3]),
+            sent: Children::new(&TIERS),
             remote_requests: Children::new(&REMOTE_REQUESTS),
             remote_ttfb: Children::new(&REMOTE_OPS),
             remote_received: Counter::default(),
@@ -259,11 +262,12 @@ impl Default for Inner {
 impl Inner {
     fn registered(mut self) -> Self {
         let registry = &mut self.registry;
-        registry.register(
-            "build",
-            "Version of the running program",
-            Info::new([("version", env!("CARGO_PKG_VERSION"))]),
-        );
+        // A gauge, not an info: the classic text format, which some scrapers insist on, has no such type.
+        let build = Family::<VersionLabel, Gauge>::default();
+        build
+            .get_or_create(&VersionLabel([env!("CARGO_PKG_VERSION")]))
+            .set(1);
+        registry.register("build_info", "Version of the running program", build);
         registry.register(
             "requests",
             "Answered requests by verdict and by the tier the body came from",
@@ -406,6 +410,7 @@ labels! {
     OpLabel["op"];
     OutcomeLabel["outcome"];
     ReasonLabel["reason"];
+    VersionLabel["version"];
 }
 
 /// A family, and handles to the children that are used most.
@@ -511,10 +516,7 @@ mod tests {
             } else if let Some(rest) = line.strip_prefix("# TYPE ") {
                 let (name, kind) = rest.split_once(' ').expect(line);
                 assert_eq!(name, help, "TYPE follows HELP");
-                assert!(
-                    ["counter", "gauge", "histogram", "info"].contains(&kind),
-                    "{line}"
-                );
+                assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
                 family = name;
             } else if let Some(rest) = line.strip_prefix("# UNIT ") {
                 let (name, unit) = rest.split_once(' ').expect(line);
@@ -525,7 +527,7 @@ mod tests {
                 let name = series.split('{').next().unwrap();
                 let suffix = name.strip_prefix(family).expect(line);
                 assert!(
-                    ["", "_total", "_sum", "_count", "_bucket", "_info"].contains(&suffix),
+                    ["", "_total", "_sum", "_count", "_bucket"].contains(&suffix),
                     "{line}"
                 );
                 assert!(name.starts_with("pinrange_"), "{line}");
@@ -591,7 +593,7 @@ mod tests {
                 "1",
             ),
             (
-                "pinrange_requests_total{verdict=\"full\",tier=\"fill\"}",
+                "pinrange_requests_total{verdict=\"full\",tier=\"remote\"}",
                 "0",
             ),
             (

@@ -305,10 +305,7 @@ fn bucket_names_follow_s3() {
         ("192.168.0.1", "IP address"),
         ("s3://bucket", "prefix"),
         ("bucket/folder", "prefix"),
-        (
-            "arn:aws:s3:eu-central-1:123456789012:accesspoint/x",
-            "alias",
-        ),
+        ("arn:aws:s3:::bucket", "access points"),
     ] {
         let error =
             file(&format!("[[mount]]\npath = \"/a\"\nbucket = {bucket:?}\n")).expect_err(bucket);
@@ -318,6 +315,13 @@ fn bucket_names_follow_s3() {
         );
         assert!(error.contains(why), "{error}");
     }
+}
+
+#[test]
+fn an_access_point_may_stand_for_a_bucket() {
+    let arn = "arn:aws:s3:eu-central-1:123456789012:accesspoint/models";
+    let toml = format!("[[mount]]\npath = \"/a\"\nbucket = {arn:?}\n");
+    assert_eq!(file(&toml).unwrap().mounts[0].bucket, arn);
 }
 
 #[test]

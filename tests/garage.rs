@@ -33,7 +33,7 @@ async fn tells_what_is_misconfigured() {
         (
             "secret",
             Access {
-                secret_access_key: "c".repeat(64),
+                secret: "c".repeat(64),
                 ..right.clone()
             },
         ),
@@ -47,7 +47,7 @@ async fn tells_what_is_misconfigured() {
         (
             "key id",
             Access {
-                access_key_id: format!("GK{}", "d".repeat(24)),
+                key_id: format!("GK{}", "d".repeat(24)),
                 ..right.clone()
             },
         ),
@@ -67,7 +67,7 @@ async fn tells_what_is_misconfigured() {
         );
         assert!(fits, "wrong {what}: {error:?}");
         assert!(
-            !format!("{error:?}").contains(&access.access_key_id),
+            !format!("{error:?}").contains(&access.key_id),
             "wrong {what}: {error:?}"
         );
     }

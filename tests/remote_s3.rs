@@ -3,16 +3,20 @@
 
 mod support;
 
+use std::collections::HashSet;
 use std::error::Error as _;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
 use pinrange::object::Validator;
+use pinrange::remote::conformance::{self, Fixture as _};
 use pinrange::remote::s3::{S3Remote, S3Settings};
 use pinrange::remote::{Current, Guard, Remote as _, RemoteError, RemoteErrorKind, RemoteRead};
 use pinrange::semantics::RangeSpec;
 
+use pinrange::strict_s3::{Credentials, Effect, Fault, Options, StrictS3};
+use support::bucket::{Access, Bucket};
 use support::wire::{Step, Wire};
 
 const TEN: RangeSpec = RangeSpec::Closed { first: 0, last: 9 };
@@ -24,7 +28,7 @@ const GOOD: &str = "HTTP/1.1 206 Partial Content\r\nETag: \"a\"\r\nContent-Range
 fn guard() -> Guard {
     Guard {
         key: "key".into(),
-        validator: Validator::from_etag_field("\"a\"").unwrap(),
+        validator: Validator::from_etag_field("\"a\"").expect("a strong tag"),
         version_id: None,
         size: None,
     }
@@ -57,7 +61,8 @@ async fn connect(wire: &Wire) -> S3Remote {
         stall_timeout: Duration::from_millis(200),
         ..wire.access().settings()
     };
-    S3Remote::connect(settings).await.unwrap()
+    let remote = S3Remote::connect(settings).await;
+    remote.expect("the settings are sound")
 }
 
 /// A guarded read of ten bytes from a server with one script.
@@ -69,7 +74,8 @@ async fn read(guard: &Guard, script: Vec<Step>) -> Result<RemoteRead, RemoteErro
 }
 
 async fn kind_of(script: Vec<Step>) -> RemoteErrorKind {
-    read(&guard(), script).await.unwrap_err().kind
+    let error = read(&guard(), script).await;
+    error.expect_err("a refusal").kind
 }
 
 async fn collect(read: RemoteRead) -> Result<Vec<u8>, RemoteError> {
@@ -90,6 +96,145 @@ async fn drain(read: RemoteRead) -> (Vec<u8>, Option<RemoteErrorKind>) {
         }
     }
     (bytes, None)
+}
+
+/// A server that enforces what others may forget, and that counts.
+async fn strict(options: Options) -> (StrictS3, Access) {
+    let credentials = Credentials {
+        access_key: "test-key".to_owned(),
+        secret_key: "test-secret".to_owned(),
+    };
+    let options = Options {
+        credentials: Some(credentials.clone()),
+        ..options
+    };
+    let server = StrictS3::start(options).await.expect("a port on loopback");
+    let access = Access {
+        endpoint: server.endpoint(),
+        region: "us-east-1".to_owned(),
+        bucket: "snapshots".to_owned(),
+        key_id: credentials.access_key,
+        secret: credentials.secret_key,
+    };
+    (server, access)
+}
+
+async fn conforms_over(options: Options, versioned: bool) {
+    let (_server, access) = strict(options).await;
+    conformance::run(&Bucket::open(&access, versioned).await).await;
+}
+
+#[tokio::test]
+async fn conforms() {
+    conforms_over(Options::memory(["snapshots"]), false).await;
+}
+
+#[tokio::test]
+async fn conforms_with_versions() {
+    conforms_over(Options::versioned(["snapshots"]), true).await;
+}
+
+#[tokio::test]
+async fn a_guarded_read_is_one_guarded_request() {
+    const READS: u64 = 20;
+    let (server, access) = strict(Options::memory(["snapshots"])).await;
+    let bucket = Bucket::open(&access, false).await;
+    bucket.put("key", vec![7; 100_000].into(), &[]).await;
+    let stat = bucket.remote.stat("key", None).await.unwrap();
+    let guard = Guard {
+        validator: stat.validator,
+        ..guard()
+    };
+    server.clear_log();
+    for _ in 0..READS {
+        let read = bucket.remote.read(&guard, RangeSpec::From(1)).await;
+        assert_eq!(collect(read.unwrap()).await.unwrap().len(), 99_999);
+    }
+    let stats = server.stats();
+    assert_eq!((stats.requests, stats.unguarded_gets), (READS, 0));
+    let connections: HashSet<u64> = server.log().iter().map(|entry| entry.connection).collect();
+    assert!(
+        connections.len() < 10,
+        "connections are kept: {connections:?}"
+    );
+
+    let read = bucket.remote.read_current("key", None, None).await.unwrap();
+    assert!(matches!(read, Current::Read(_)));
+    assert_eq!(
+        server.stats().unguarded_gets,
+        1,
+        "a read that labels itself has no guard"
+    );
+}
+
+/// The same lies and cuts as below, from a server that tells the truth otherwise.
+#[tokio::test]
+async fn faults_of_a_real_exchange_are_told_apart() {
+    use RemoteErrorKind as Kind;
+    let (server, access) = strict(Options::memory(["snapshots"])).await;
+    let bucket = Bucket::open(&access, false).await;
+    bucket.put("key", vec![7; 1000].into(), &[]).await;
+    let settings = S3Settings {
+        stall_timeout: Duration::from_millis(200),
+        ..access.settings()
+    };
+    let remote = S3Remote::connect(settings).await.unwrap();
+    let stat = remote.stat("key", None).await.unwrap();
+    let right = Guard {
+        validator: stat.validator,
+        ..guard()
+    };
+    let wrong = guard();
+    let retry_after = Some(Duration::from_secs(3));
+    let want = RangeSpec::Closed {
+        first: 100,
+        last: 899,
+    };
+    for (guard, effect, kind) in [
+        (&right, Effect::WrongContentRange, Kind::Protocol),
+        (&right, Effect::WrongETag, Kind::Protocol),
+        (&right, Effect::IgnoreRange, Kind::Protocol),
+        (&wrong, Effect::IgnoreIfMatch, Kind::Protocol),
+        (
+            &right,
+            Effect::ShortContentLength { missing: 1 },
+            Kind::Protocol,
+        ),
+        (&right, Effect::ResetAfter { bytes: 10 }, Kind::Unavailable),
+        (&right, Effect::CloseAfter { bytes: 799 }, Kind::Unavailable),
+        (
+            &right,
+            Effect::StallAfter {
+                bytes: 10,
+                duration: None,
+            },
+            Kind::Timeout,
+        ),
+        (
+            &right,
+            Effect::SlowDown {
+                retry_after: Some(3),
+            },
+            Kind::Throttled { retry_after },
+        ),
+        (&right, Effect::InternalError, Kind::Unavailable),
+        (&right, Effect::AccessDenied, Kind::Forbidden),
+    ] {
+        let what = effect.label();
+        server.script(Fault::new(effect));
+        let end = match remote.read(guard, want).await {
+            Err(error) => Some(error.kind),
+            Ok(read) => drain(read).await.1,
+        };
+        assert_eq!(end, Some(kind), "{what}");
+        server.release_stalls();
+    }
+    // Nothing of that sticks.
+    assert!(
+        collect(remote.read(&right, want).await.unwrap())
+            .await
+            .is_ok()
+    );
 }
 
 #[tokio::test]
@@ -580,7 +725,8 @@ async fn metadata_is_text_and_bounded() {
     assert_eq!(read.representation.last_modified, None);
 }
 
-/// Neither what a client may see nor what is logged names a credential; the first names no place either.
+/// Neither what a client may see nor what is logged names a credential; the first names no place
+/// either.
 #[tokio::test]
 async fn errors_leak_nothing() {
     for (status, code) in [
@@ -599,5 +745,106 @@ async fn errors_leak_nothing() {
         for place in ["secret-bucket", "127.0.0.1"] {
             assert!(!error.detail.contains(place), "{place} in {}", error.detail);
         }
+    }
+}
+
+/// A server whose accept queue is full drops what arrives: the handshake never completes.
+#[tokio::test]
+async fn a_connection_that_does_not_come_about_is_a_timeout() {
+    use socket2::{Domain, Socket, Type};
+
+    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let loopback = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+    listener.bind(&loopback.into()).unwrap();
+    listener.listen(0).unwrap();
+    let address = listener.local_addr().unwrap().as_socket().unwrap();
+    let queued = std::net::TcpStream::connect(address).unwrap();
+
+    let wire = Wire::start(Vec::new()).await;
+    let settings = S3Settings {
+        endpoint: Some(format!("http://{address}")),
+        connect_timeout: Duration::from_millis(200),
+        first_byte_timeout: Duration::from_mins(1),
+        ..wire.access().settings()
+    };
+    let remote = S3Remote::connect(settings).await.unwrap();
+    let read = tokio::time::timeout(Duration::from_secs(30), remote.read(&guard(), TEN)).await;
+    let error = read.expect("connect_timeout is shorter").unwrap_err();
+    assert_eq!(error.kind, RemoteErrorKind::Timeout);
+    drop(queued);
+}
+
+/// Credentials are looked for when the first request needs them, in the environment first; the
+/// environment is the process's, so a child has it.
+#[test]
+fn takes_credentials_from_the_standard_chain() {
+    let child = |credentials: &[(&str, &str)]| {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "child_with_an_environment_of_its_own",
+                "--ignored",
+            ])
+            .env_clear()
+            .env(
+                CHILD,
+                if credentials.is_empty() {
+                    "none"
+                } else {
+                    "some"
+                },
+            )
+            .env("AWS_EC2_METADATA_DISABLED", "true")
+            .envs(credentials.iter().copied())
+            .output()
+            .unwrap();
+        let (out, err) = (status.stdout, status.stderr);
+        let said = format!(
+            "{}{}",
+            String::from_utf8_lossy(&out),
+            String::from_utf8_lossy(&err)
+        );
+        assert!(
+            status.status.success() && said.contains("1 passed"),
+            "{said}"
+        );
+    };
+    child(&[]);
+    child(&[
+        ("AWS_ACCESS_KEY_ID", "FROMENVIRONMENT"),
+        ("AWS_SECRET_ACCESS_KEY", "s"),
+    ]);
+}
+
+/// Tells the child which of its two halves to run.
+const CHILD: &str = "PINRANGE_TEST_CREDENTIALS";
+
+#[tokio::test]
+#[ignore = "run by takes_credentials_from_the_standard_chain"]
+async fn child_with_an_environment_of_its_own() {
+    let wire = Wire::start(vec![vec![Step::send(GOOD)]]).await;
+    let settings = S3Settings {
+        endpoint: Some(wire.access().endpoint),
+        path_style: true,
+        ..S3Settings::new("bucket")
+    };
+    let remote = S3Remote::connect(settings)
+        .await
+        .expect("missing credentials are no failure");
+    let result = remote.read(&guard(), TEN).await;
+    match std::env::var(CHILD).as_deref() {
+        Ok("none") => {
+            let error = result.unwrap_err();
+            assert_eq!(error.kind, RemoteErrorKind::Misconfigured);
+            assert!(error.detail.contains("AWS_ACCESS_KEY_ID"), "{error}");
+            assert!(wire.requests().is_empty(), "nothing is sent unsigned");
+        }
+        Ok("some") => {
+            result.unwrap();
+            let request = &wire.requests()[0];
+            assert!(request.contains("credential=fromenvironment/"), "{request}");
+            assert!(request.contains("/us-east-1/s3/"), "{request}");
+        }
+        other => panic!("not run by its parent: {other:?}"),
     }
 }

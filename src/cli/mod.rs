@@ -53,6 +53,10 @@ pub struct Cli {
 )]
 #[expect(clippy::exhaustive_enums, reason = "closed: main dispatches every one")]
 pub enum Command {
+    /// Show the whole story on an embedded S3: nothing to configure, under a minute
+    Demo(demo::DemoArgs),
+    /// Download a file in parallel, pinned, resuming and verifying
+    Get(Box<get::GetArgs>),
     /// Run a replica
     ///
     /// A setting is taken from a flag, else from its environment variable, else from the file, else

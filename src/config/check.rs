@@ -17,11 +17,8 @@ use http::Uri;
 
 use super::raw::{Origin, RawCache, RawConfig, RawMount, RawServer, Scalar, Value};
 use super::{
-    CacheConfig, Config, ConfigError, DEFAULT_ADMIN, DEFAULT_BLOCK_SIZE, DEFAULT_CACHE_DIR,
-    DEFAULT_CAPACITY, DEFAULT_DRAIN_TIMEOUT, DEFAULT_FAN_OUT, DEFAULT_FILL_BUDGET,
-    DEFAULT_HEADER_MAX_BYTES, DEFAULT_HEADER_TIMEOUT, DEFAULT_IDLE_TIMEOUT, DEFAULT_LISTEN,
-    DEFAULT_MAX_CONNECTIONS, DEFAULT_MIN_FREE, DEFAULT_PART_SIZE, DEFAULT_PROGRESS_TIMEOUT,
-    ForbiddenAs, GIB, KIB, MIB, MountConfig, Place, Problem, ServerConfig, Source, units,
+    CacheConfig, Config, ConfigError, ForbiddenAs, GIB, KIB, MIB, MountConfig, Place, Problem,
+    ServerConfig, Source, units,
 };
 use crate::disk::MinFree;
 use crate::telemetry::LogFormat;
@@ -156,58 +153,71 @@ impl Checker<'_> {
     }
 
     fn server(&mut self, raw: &RawServer, dev: bool) -> ServerConfig {
+        let default = ServerConfig::default();
         let server = ServerConfig {
-            listen: read!(self, "server", raw.listen, DEFAULT_LISTEN, address),
-            admin: read!(self, "server", raw.admin, DEFAULT_ADMIN, address),
+            listen: read!(self, "server", raw.listen, default.listen, address),
+            admin: read!(self, "server", raw.admin, default.admin, address),
+            drain_grace: read!(
+                self,
+                "server",
+                raw.drain_grace,
+                default.drain_grace,
+                duration
+            ),
             drain_timeout: read!(
                 self,
                 "server",
                 raw.drain_timeout,
-                DEFAULT_DRAIN_TIMEOUT,
+                default.drain_timeout,
                 duration
             ),
-            drain_grace: read!(self, "server", raw.drain_grace, DEFAULT_DRAIN_GRACE, duration),
             log_format: read!(
                 self,
                 "server",
                 raw.log_format,
-                LogFormat::default(),
+                default.log_format,
                 log_format
             ),
-            worker_threads: read!(self, "server", raw.worker_threads, None, worker_threads),
+            worker_threads: read!(
+                self,
+                "server",
+                raw.worker_threads,
+                default.worker_threads,
+                worker_threads
+            ),
             max_connections: read!(
                 self,
                 "server",
                 raw.max_connections,
-                DEFAULT_MAX_CONNECTIONS,
+                default.max_connections,
                 number(1..=1_000_000)
             ),
             header_timeout: read!(
                 self,
                 "server",
                 raw.header_timeout,
-                DEFAULT_HEADER_TIMEOUT,
+                default.header_timeout,
                 timeout
             ),
-            header_max_bytes: usize_of(read!(
+            header_max_bytes: read!(
                 self,
                 "server",
                 raw.header_max_bytes,
-                DEFAULT_HEADER_MAX_BYTES,
-                size(MIN_HEADER_BYTES..=MIB)
-            )),
+                default.header_max_bytes,
+                head_size
+            ),
             idle_timeout: read!(
                 self,
                 "server",
                 raw.idle_timeout,
-                DEFAULT_IDLE_TIMEOUT,
+                default.idle_timeout,
                 timeout
             ),
             progress_timeout: read!(
                 self,
                 "server",
                 raw.progress_timeout,
-                DEFAULT_PROGRESS_TIMEOUT,
+                default.progress_timeout,
                 timeout
             ),
         };
@@ -239,44 +249,31 @@ impl Checker<'_> {
         server
     }
 
-    /// `home`: where the directory is by default, other than [`DEFAULT_CACHE_DIR`].
+    /// `home`: in which directory the tier's is by default, where that is not the usual one.
     fn cache(&mut self, raw: &RawCache, home: Option<PathBuf>) -> CacheConfig {
-        let default_dir = home.map_or_else(
-            || PathBuf::from(DEFAULT_CACHE_DIR),
-            |home| home.join("pinrange-dev"),
-        );
+        let default = CacheConfig::default();
+        let default_dir = home.map_or(default.dir, |home| home.join("pinrange-dev"));
+        let sizes = size(1..=u64::MAX);
         let cache = CacheConfig {
             dir: read!(self, "cache", raw.dir, default_dir, directory),
-            capacity: read!(
-                self,
-                "cache",
-                raw.capacity,
-                DEFAULT_CAPACITY,
-                size(1..=u64::MAX)
-            ),
-            min_free: read!(self, "cache", raw.min_free, DEFAULT_MIN_FREE, min_free),
+            capacity: read!(self, "cache", raw.capacity, default.capacity, &sizes),
+            min_free: read!(self, "cache", raw.min_free, default.min_free, min_free),
             block_size: read!(
                 self,
                 "cache",
                 raw.block_size,
-                DEFAULT_BLOCK_SIZE,
+                default.block_size,
                 block_size
             ),
             part_size: read!(
                 self,
                 "cache",
                 raw.part_size,
-                DEFAULT_PART_SIZE,
+                default.part_size,
                 size(4 * KIB..=GIB)
             ),
-            fill_budget: read!(
-                self,
-                "cache",
-                raw.fill_budget,
-                DEFAULT_FILL_BUDGET,
-                size(1..=u64::MAX)
-            ),
-            fan_out: read!(self, "cache", raw.fan_out, DEFAULT_FAN_OUT, number(1..=64)),
+            fill_budget: read!(self, "cache", raw.fill_budget, default.fill_budget, &sizes),
+            fan_out: read!(self, "cache", raw.fan_out, default.fan_out, number(1..=64)),
         };
         let (block, part) = (cache.block_size, cache.part_size);
         let sizes = [
@@ -474,7 +471,7 @@ fn forbidden(value: &Value) -> Result<ForbiddenAs, String> {
     }
 }
 
-fn size(within: RangeInclusive<u64>) -> impl FnOnce(&Value) -> Result<u64, String> {
+fn size(within: RangeInclusive<u64>) -> impl Fn(&Value) -> Result<u64, String> {
     move |value| {
         let bytes = match &value.scalar {
             Scalar::Integer(bytes) => {
@@ -501,9 +498,9 @@ fn size(within: RangeInclusive<u64>) -> impl FnOnce(&Value) -> Result<u64, Strin
     }
 }
 
-/// A size whose bounds fit a `usize` on every platform.
-fn usize_of(bytes: u64) -> usize {
-    usize::try_from(bytes).unwrap_or(usize::MAX)
+fn head_size(value: &Value) -> Result<usize, String> {
+    let bytes = size(MIN_HEADER_BYTES..=MIB)(value)?;
+    usize::try_from(bytes).map_err(|_| "it is more than this machine can address".to_owned())
 }
 
 fn block_size(value: &Value) -> Result<u64, String> {
@@ -605,12 +602,17 @@ fn mount_path(value: &Value) -> Result<String, String> {
     Ok(path.to_owned())
 }
 
-/// The rules of AWS for general purpose buckets, which access point aliases keep as well.
+/// The rules of AWS for general purpose buckets, or the ARN of an access point.
 fn bucket(value: &Value) -> Result<String, String> {
     let name = value.text()?;
     let refused = |why: &str| Err(format!("{name:?} is not a bucket name: {why}"));
     if name.starts_with("arn:") {
-        return refused("it is an ARN; write the access point's alias");
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-._:/".contains(c);
+        return if name.contains(":accesspoint") && name.chars().all(plain) {
+            Ok(name.to_owned())
+        } else {
+            refused("of the ARNs only those of access points are taken; write the bucket's name")
+        };
     }
     if name.starts_with("s3://") || name.contains('/') {
         return refused("write the name alone; what follows it belongs into prefix");

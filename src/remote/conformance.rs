@@ -1,8 +1,8 @@
 //! What every [`Remote`] must do, as one suite.
 //!
-//! [`run`] goes through the cases of this module in order; each works on keys of its own, says what it expects in
-//! its panic message, and leaves its objects behind. A driver's test gives it a [`Fixture`] over an
-//! empty bucket:
+//! [`run`] goes through the cases of this module in order; each works on keys of its own, says what
+//! it expects in its panic message, and leaves its objects behind. A driver's test gives it a
+//! [`Fixture`] over an empty bucket:
 //!
 //! ```ignore
 //! #[tokio::test]
@@ -11,7 +11,8 @@
 //! }
 //! ```
 //!
-//! It is public, as such suites are elsewhere, so that a driver outside this crate can prove itself.
+//! It is public, as such suites are elsewhere, so that a driver outside this crate can prove
+//! itself.
 
 use bytes::{Bytes, BytesMut};
 use futures::future::{BoxFuture, join_all};

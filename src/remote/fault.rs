@@ -1,11 +1,13 @@
 //! A remote that fails on request, for tests of what stands above a [`Remote`].
 //!
-//! [`FaultRemote`] wraps any driver, logs every call and carries out a script: at the *n*th call of an operation an
-//! [`Effect`] happens. What a test has to wait for is an event, never a time: a [`Gate`] says when
-//! it was reached and lets pass when it is opened, and [`FaultRemote::called`] waits for a call.
+//! [`FaultRemote`] wraps any driver, logs every call and carries out a script: at the *n*th call of
+//! an operation an [`Effect`] happens. What a test has to wait for is an event, never a time: a
+//! [`Gate`] says when it was reached and lets pass when it is opened, and [`FaultRemote::called`]
+//! waits for a call.
 //!
 //! ```
-//! # use pinrange::remote::{RemoteErrorKind, fault::{Effect, FaultRemote, Gate, Op}, memory::MemoryRemote};
+//! # use pinrange::remote::fault::{Effect, FaultRemote, Gate, Op};
+//! # use pinrange::remote::{RemoteErrorKind, memory::MemoryRemote};
 //! let memory = MemoryRemote::new();
 //! let remote = FaultRemote::new(memory.clone());
 //! // The first guarded read breaks after 100 bytes; the second finds the object replaced.
@@ -112,13 +114,7 @@ impl Gate {
 
     /// Waits until something waits at the gate, or did.
     pub async fn reached(&self) {
-        let seen = self
-            .reached
-            .subscribe()
-            .wait_for(|&reached| reached)
-            .await
-            .is_ok();
-        assert!(seen, "the sender is ours and lives");
+        until(&self.reached, |&reached| reached).await;
     }
 
     /// Lets pass whatever waits and whatever comes.
@@ -128,9 +124,16 @@ impl Gate {
 
     async fn pass(&self) {
         self.reached.send_replace(true);
-        let open = self.open.subscribe().wait_for(|&open| open).await.is_ok();
-        assert!(open, "the sender is ours and lives");
+        until(&self.open, |&open| open).await;
     }
+}
+
+async fn until<T: Send + Sync>(
+    sender: &watch::Sender<T>,
+    condition: impl FnMut(&T) -> bool + Send,
+) {
+    let seen = sender.subscribe().wait_for(condition).await.is_ok();
+    assert!(seen, "the sender is borrowed and so alive");
 }
 
 /// A call as it was made.
@@ -214,10 +217,10 @@ impl<R: Remote> FaultRemote<R> {
 
     /// Waits until `op` has been called `n` times.
     pub async fn called(&self, op: Op, n: usize) {
-        let mut calls = self.calls.subscribe();
-        let enough = |calls: &Vec<Call>| calls.iter().filter(|call| call.op == op).count() >= n;
-        let seen = calls.wait_for(enough).await.is_ok();
-        assert!(seen, "the sender is ours and lives");
+        until(&self.calls, |calls| {
+            calls.iter().filter(|call| call.op == op).count() >= n
+        })
+        .await;
     }
 
     /// Bytes of all bodies that were handed on so far: what left the remote.

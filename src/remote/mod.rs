@@ -79,7 +79,10 @@ pub enum Current {
 /// A source of revisions: bucket driver or test double.
 ///
 /// Futures are cancelled by dropping them; nothing is left behind. No method retries: the caller
-/// owns the budget.
+/// owns the budget. (A guard whose version id is refused may be tried once without it: see [`s3`].)
+///
+/// A key of no bytes, or of more than S3's 1024, is [`RemoteErrorKind::Absent`]; a suffix of no
+/// bytes is [`RemoteErrorKind::Unsatisfiable`]. What else a driver must do, [`conformance`] checks.
 pub trait Remote: Send + Sync + 'static {
     /// The store's identity for [`crate::object::ObjectKey`]: endpoint and bucket, no credential.
     fn store(&self) -> &Arc<str>;

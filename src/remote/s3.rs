@@ -3,7 +3,7 @@
 //! The SDK resolves credentials, signs, and moves bytes. What a response *means* is read here, from
 //! its raw status and fields, because the SDK's types drop what we need (`GetObjectOutput` has no
 //! status; 304 and an empty 412 come as "unhandled") and refuse what we can live with (a malformed
-//! `Last-Modified` fails the whole GET). So each request carries a [`Tap`], an interceptor that
+//! `Last-Modified` fails the whole GET). So each request carries a `Tap`, an interceptor that
 //! takes the response's head before the SDK looks at it, and the SDK is left with the body:
 //!
 //! ```text
@@ -14,9 +14,10 @@
 //! ```
 //!
 //! The SDK's retries, stalled-stream protection and response checksums are off: the caller owns the
-//! retry budget, we have our own timeouts, and a checksum that is known at the end of the body comes too late
-//! for bytes that were already sent on. Timeouts: the TCP and TLS handshake; the response's head,
-//! counted from the call, so that it includes credentials and the handshake; silence within a body.
+//! retry budget, we have our own timeouts, and a checksum that is known at the end of the body
+//! comes too late for bytes that were already sent on. Timeouts: the TCP and TLS handshake; the
+//! response's head, counted from the call, so that it includes credentials and the handshake;
+//! silence within a body.
 //!
 //! # Versions
 //! A guard that knows a version id asks for that version. If S3 refuses (the version was removed by
@@ -91,10 +92,11 @@ const IMDS_REGION_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct S3Settings {
     /// The bucket's name, or an access point's ARN.
     pub bucket: String,
-    /// Base URL of the store, as `http://127.0.0.1:3900`. `None`: `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`, the
-    /// profile's `endpoint_url`, else AWS itself.
+    /// Base URL of the store, as `http://127.0.0.1:3900`. `None`: `AWS_ENDPOINT_URL_S3`,
+    /// `AWS_ENDPOINT_URL`, the profile's `endpoint_url`, else AWS itself.
     pub endpoint: Option<String>,
-    /// `None`: the environment's or the profile's; then `us-east-1` for an endpoint, the instance's for AWS.
+    /// `None`: the environment's or the profile's; then `us-east-1` for an endpoint, the instance's
+    /// for AWS.
     pub region: Option<String>,
     /// `endpoint/bucket/key` instead of `bucket.endpoint/key`.
     pub path_style: bool,
@@ -112,8 +114,8 @@ pub struct S3Settings {
 #[derive(Clone)]
 #[non_exhaustive]
 pub enum CredentialSource {
-    /// The standard AWS chain: environment, profile (SSO and processes too), web identity, container, instance. Asked
-    /// when the first request needs them and again before they expire.
+    /// The standard AWS chain: environment, profile (SSO and processes too), web identity,
+    /// container, instance. Asked when the first request needs them and again before they expire.
     Chain,
     /// For an S3 that we started ourselves; never read from a configuration.
     Fixed {
@@ -159,7 +161,8 @@ pub enum InvalidS3Settings {
     /// The bucket's name is empty or holds what no name can.
     #[error("bucket {0:?} is not a bucket name or an access point's ARN")]
     Bucket(String),
-    /// Not `http://host[:port]` or `https://…`. Says nothing of the value, which may hold a password.
+    /// Not `http://host[:port]` or `https://…`. Says nothing of the value, which may hold a
+    /// password.
     #[error(
         "the endpoint {0}; it should look like https://s3.example.com or http://127.0.0.1:3900"
     )]
@@ -181,8 +184,8 @@ impl S3Remote {
     /// Makes a driver; connects to nothing and asks for no credentials, so an S3 that is down or
     /// credentials that are missing show with the first request.
     ///
-    /// Only where nothing names a region or an endpoint is the instance metadata service asked for the region, for at
-    /// most two seconds.
+    /// Only where nothing names a region or an endpoint is the instance metadata service asked for
+    /// the region, for at most two seconds.
     ///
     /// # Errors
     /// [`InvalidS3Settings`] when no request could ever be made of `settings`.
@@ -195,7 +198,7 @@ impl S3Remote {
         };
         let mut loader = aws_config::defaults(BehaviorVersion::latest())
             .http_client(http_client)
-            .app_name(AppName::new("pinrange").expect("letters"))
+            .app_name(app_name())
             .timeout_config(
                 TimeoutConfig::builder()
                     .connect_timeout(settings.connect_timeout)
@@ -481,6 +484,11 @@ fn http_client() -> SharedHttpClient {
         .build_https()
 }
 
+/// Stands in the `User-Agent`, and so in the bucket's access log.
+fn app_name() -> AppName {
+    AppName::new("pinrange").expect("letters only")
+}
+
 async fn region(configured: Option<String>, has_endpoint: bool) -> Region {
     if let Some(region) = configured {
         return Region::new(region);
@@ -672,8 +680,8 @@ impl Head {
             .transpose()
     }
 
-    /// Checks a response to a range: 206, the range that was asked for once it is clamped to the complete
-    /// length that the response itself names, and as many bytes of body.
+    /// Checks a response to a range: 206, the range that was asked for once it is clamped to the
+    /// complete length that the response itself names, and as many bytes of body.
     fn check_range(
         &self,
         op: &'static str,
@@ -688,7 +696,8 @@ impl Head {
         let (first, last, size) = content_range(field)
             .ok_or_else(|| protocol(op, format!("Content-Range {field:?} names no range")))?;
         if size == 0 {
-            // Garage answers a suffix of an empty object with 206 and `bytes 0-18446744073709551615/0`.
+            // Garage answers a suffix of an empty object with 206 and `bytes
+            // 0-18446744073709551615/0`.
             return Err(RemoteError::new(
                 RemoteErrorKind::Unsatisfiable { size: Some(0) },
                 op,
@@ -720,7 +729,8 @@ impl Head {
         Ok((self.representation(op, size)?, ByteRange::whole(size)))
     }
 
-    /// Content-Length may be missing behind a proxy that sends chunks; [`exact_body`] counts anyway.
+    /// Content-Length may be missing behind a proxy that sends chunks; [`exact_body`] counts
+    /// anyway.
     fn check_length(&self, op: &'static str, len: u64) -> Result<(), RemoteError> {
         match self.content_length(op)? {
             Some(named) if named != len => Err(protocol(
@@ -777,8 +787,8 @@ impl Head {
             .and_then(|value| httpdate::parse_http_date(value).ok())
     }
 
-    /// The fields of [`Representation::headers`], sorted. Values that are not visible ASCII are left
-    /// out, as is user metadata beyond [`MAX_USER_METADATA`].
+    /// The fields of [`Representation::headers`], sorted. Values that are not visible ASCII are
+    /// left out, as is user metadata beyond [`MAX_USER_METADATA`].
     fn passed_on(&self) -> Vec<(Box<str>, Box<str>)> {
         const FIELDS: [&str; 6] = [
             "cache-control",
@@ -923,7 +933,8 @@ impl Refusal {
     }
 
     /// Whether the same GET without a version id could succeed: the version is gone (404, or 405
-    /// for a delete marker), its id is none of this bucket's (400), or only versions are denied (403).
+    /// for a delete marker), its id is none of this bucket's (400), or only versions are denied
+    /// (403).
     fn may_be_of_the_version(&self) -> bool {
         matches!(self.status(), Some(400 | 403 | 404 | 405))
     }
@@ -1146,8 +1157,9 @@ struct Body {
     op: &'static str,
 }
 
-/// Hands on exactly `len` bytes, in the frames they come in, or fails: [`RemoteErrorKind::Timeout`] after
-/// silence, [`RemoteErrorKind::Unavailable`] on a reset or an early end, [`RemoteErrorKind::Protocol`] on a byte too many.
+/// Hands on exactly `len` bytes, in the frames they come in, or fails: [`RemoteErrorKind::Timeout`]
+/// after silence, [`RemoteErrorKind::Unavailable`] on a reset or an early end,
+/// [`RemoteErrorKind::Protocol`] on a byte too many.
 fn exact_body(
     bytes: ByteStream,
     len: u64,
@@ -1198,5 +1210,105 @@ impl Body {
     fn cut(&self) -> RemoteError {
         let detail = format!("the body ended with {} bytes to come", self.left);
         RemoteError::new(RemoteErrorKind::Unavailable, self.op, detail)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn connect(change: impl FnOnce(&mut S3Settings)) -> Result<S3Remote, InvalidS3Settings> {
+        let mut settings = S3Settings {
+            region: Some("test-1".to_owned()),
+            credentials: CredentialSource::Fixed {
+                access_key_id: "id".to_owned(),
+                secret_access_key: "hush".to_owned(),
+            },
+            ..S3Settings::new("bucket")
+        };
+        assert!(!format!("{settings:?}").contains("hush"));
+        change(&mut settings);
+        S3Remote::connect(settings).await
+    }
+
+    #[tokio::test]
+    async fn one_store_has_one_identity() {
+        let store = async |endpoint: &str| {
+            let endpoint = endpoint.to_owned();
+            connect(|settings| settings.endpoint = Some(endpoint))
+                .await
+                .unwrap()
+                .store()
+                .to_string()
+        };
+        assert_eq!(
+            store("http://S3.example:3900/").await,
+            "http://s3.example:3900/bucket"
+        );
+        assert_eq!(
+            store("http://s3.example:3900").await,
+            "http://s3.example:3900/bucket"
+        );
+        assert_eq!(
+            store("https://s3.example/base/").await,
+            "https://s3.example/base/bucket"
+        );
+    }
+
+    #[tokio::test]
+    async fn settings_that_cannot_work_are_refused() {
+        for endpoint in [
+            "",
+            "s3.example.com",
+            "s3.example.com:443",
+            "ftp://s3.example.com",
+            "https://",
+            "https://s3.example.com/?region=x",
+            "https://user:hush@s3.example.com",
+        ] {
+            let error = connect(|settings| settings.endpoint = Some(endpoint.to_owned()))
+                .await
+                .expect_err(endpoint);
+            assert!(!error.to_string().contains("hush"), "{error}");
+        }
+        for bucket in ["", "two words", "a\nb", "b?c"] {
+            let error = connect(|settings| settings.bucket = bucket.to_owned()).await;
+            assert_eq!(
+                error.unwrap_err(),
+                InvalidS3Settings::Bucket(bucket.to_owned())
+            );
+        }
+    }
+
+    #[test]
+    fn ranges_are_written_as_servers_read_them() {
+        for (want, field) in [
+            (RangeSpec::Closed { first: 5, last: 9 }, "bytes=5-9"),
+            (RangeSpec::From(7), "bytes=7-"),
+            (RangeSpec::Suffix(3), "bytes=-3"),
+            (RangeSpec::From(u64::MAX), "bytes=9223372036854775807-"),
+        ] {
+            assert_eq!(range_field(want), field);
+        }
+    }
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        let after = |value: &str| {
+            let mut headers = Headers::new();
+            headers.insert("retry-after", value.to_owned());
+            let head = Head {
+                status: 503,
+                headers,
+            };
+            head.retry_after()
+        };
+        assert_eq!(after("119"), Some(Duration::from_secs(119)));
+        assert_eq!(after("soon"), None);
+        assert_eq!(after("-1"), None);
+        assert_eq!(after("Wed, 21 Oct 2015 07:28:00 GMT"), Some(Duration::ZERO));
+        let soon = SystemTime::now() + Duration::from_secs(100);
+        let seconds = after(&httpdate::fmt_http_date(soon)).unwrap().as_secs();
+        assert!((90..=100).contains(&seconds), "{seconds}");
     }
 }

@@ -1,8 +1,9 @@
 //! The accept loop: how many connections there may be, and how they end.
 //!
-//! A connection takes one of `max_connections` places *before* it is accepted. Beyond that, clients wait
-//! in the kernel's backlog rather than being refused: a downloader that opens too many connections is slowed
-//! down, and no file descriptor is spent on saying no. Idle connections free their places by the idle timeout.
+//! A connection takes one of `max_connections` places *before* it is accepted. Beyond that, clients
+//! wait in the kernel's backlog rather than being refused: a downloader that opens too many
+//! connections is slowed down, and no file descriptor is spent on saying no. Idle connections free
+//! their places by the idle timeout.
 //!
 //! ```text
 //!  accepting ── shutdown ──► draining ── all done, or drain_timeout ──► report
@@ -12,8 +13,9 @@
 //!  back off 10 ms … 1 s when we are out of something (descriptors, memory)
 //! ```
 //!
-//! What ends a connection is nearly always the client's doing (reset, timeout, a request that does not parse; hyper answers
-//! these with 400, 414 or 431 itself), so it is logged at debug. A response cut short is the business of its body's observer.
+//! What ends a connection is nearly always the client's doing (reset, timeout, a request that does
+//! not parse; hyper answers these with 400, 414 or 431 itself), so it is logged at debug. A
+//! response cut short is the business of its body's observer.
 
 use std::convert::Infallible;
 use std::error::Error;
@@ -43,7 +45,8 @@ use super::page_in::PageIn;
 pub trait Handler: Send + Sync + 'static {
     /// Answers one request. Dropped when the connection fails or is cut meanwhile.
     ///
-    /// With half-closed connections allowed, a client that goes away while this runs is noticed only when the answer is written.
+    /// With half-closed connections allowed, a client that goes away while this runs is noticed
+    /// only when the answer is written.
     fn handle(
         &self,
         request: Request<Incoming>,
@@ -68,7 +71,8 @@ pub struct ConnInfo {
 pub struct Limits {
     /// Connections at a time.
     pub max_connections: usize,
-    /// Most bytes of a request's head; at least 8192. Beyond it hyper answers 431 (414 when it is the target).
+    /// Most bytes of a request's head; at least 8192. Beyond it hyper answers 431 (414 when it is
+    /// the target).
     pub max_head: usize,
     /// How long a connection may be waited for.
     pub timeouts: Timeouts,
@@ -78,16 +82,17 @@ impl Default for Limits {
     /// For the data listener.
     fn default() -> Self {
         Self {
-            // At some 20 KiB each (hyper's two buffers and the task) 80 MiB when all are taken; the wide
-            // downloaders we know open 16 to 64 each.
+            // At an estimated 20 KiB each (hyper's two buffers and the task) 80 MiB in all; the
+            // wide downloaders we know open 16 to 64 each.
             max_connections: 4096,
-            // Twice what nginx and S3 take, so that we are never the stricter one.
+            // Twice the 8 KiB that S3 allows, so that we are never the stricter one.
             max_head: 16 << 10,
             timeouts: Timeouts {
                 // A head is one packet; this bounds who sends it byte by byte.
                 header: Duration::from_secs(10),
-                // Longer than the 60 s after which AWS's load balancers drop idle connections: whoever closes first
-                // must be the one that also opens, or requests are lost in between.
+                // Longer than the 60 s after which AWS's load balancers drop idle connections:
+                // whoever closes first must be the one that also opens, or requests are lost in
+                // between.
                 idle: Duration::from_secs(75),
                 // As nginx's send_timeout is 60 s, but a stalled client holds open files here.
                 progress: Duration::from_secs(30),
@@ -99,7 +104,8 @@ impl Default for Limits {
 /// How a listener's connections ended when it was drained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DrainReport {
-    /// Closed by themselves after the drain began: idle ones, and those whose response ended in time.
+    /// Closed by themselves after the drain began: idle ones, and those whose response ended in
+    /// time.
     pub finished: usize,
     /// Cut at the timeout.
     pub cut: usize,
@@ -129,7 +135,8 @@ impl<H: Handler> Acceptor<H> {
             .half_close(true)
             // The number of fields is left at hyper's default of 100, which costs no allocation.
             .max_buf_size(limits.max_head)
-            // SendfileIo's timeouts tell idle connections from slow heads, and cost less than a timer a request.
+            // SendfileIo has timeouts of its own, which tell idle connections from slow heads;
+            // hyper's one covers both together.
             .header_read_timeout(None);
         Self {
             listener,
@@ -140,7 +147,8 @@ impl<H: Handler> Acceptor<H> {
         }
     }
 
-    /// Accepts until `shutdown` is cancelled, then closes the listener and drains for at most `drain_timeout`.
+    /// Accepts until `shutdown` is cancelled, then closes the listener and drains for at most
+    /// `drain_timeout`.
     ///
     /// Dropping the future closes the listener and leaves the connections to themselves.
     pub async fn run(self, shutdown: CancellationToken, drain_timeout: Duration) -> DrainReport {
@@ -236,7 +244,7 @@ impl<H: Handler> Serving<H> {
             queue: SendQueue::default(),
         };
         let io = SendfileIo::new(tcp, info.queue.clone(), self.page_in.clone(), self.timeouts);
-        // Borrowed, not shared: a count that all workers touch on every request would cost more than the parsing.
+        // Borrowed, not shared: requests touch no reference count that all workers share.
         let (handler, conn) = (&*self.handler, &info);
         let service = service_fn(move |request| async move {
             Ok::<_, Infallible>(handler.handle(request, conn).await)
@@ -343,8 +351,8 @@ async fn accept(listener: &TcpListener, backoff: &mut Backoff) -> (TcpStream, So
     }
 }
 
-/// Waits between failed accepts: out of descriptors, `accept` fails at once and for as long as the client stays in
-/// the backlog, and a loop that retries at once takes a whole core.
+/// Waits between failed accepts: out of descriptors, `accept` fails at once and for as long as the
+/// client stays in the backlog, and a loop that retries at once takes a whole core.
 #[derive(Default)]
 struct Backoff {
     failures: u32,

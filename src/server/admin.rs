@@ -7,12 +7,14 @@
 //! | `GET /metrics` | Prometheus' text format |
 //! | `POST /purge` | `{"path": "/mount/key"}`, or a prefix that ends in `*`: forgets every held revision |
 //!
-//! It is a second [`Acceptor`](super::accept::Acceptor) with limits of its own ([`limits`]), so a flooded data
-//! listener cannot keep a probe from being answered. Errors are JSON: `{"error": "…"}`.
+//! It is a second [`Acceptor`](super::accept::Acceptor) with limits of its own ([`limits`]), so a
+//! flooded data listener cannot keep a probe from being answered. Errors are JSON objects with one
+//! member, `error`.
 //!
-//! It has no authentication: it listens on loopback unless told otherwise, and whoever reaches the port may purge.
-//! Web pages in an operator's browser reach it too, so requests that change something are refused when they bear an
-//! `Origin` field, as browsers send with every cross-site POST and `curl` never does.
+//! It has no authentication: it listens on loopback unless told otherwise, and whoever reaches the
+//! port may purge. Web pages in an operator's browser reach it too, so requests that change
+//! something are refused when they bear an `Origin` field, as browsers send with every cross-site
+//! POST and `curl` never does.
 
 use std::future::Future;
 use std::time::Duration;
@@ -30,7 +32,8 @@ use super::io::Timeouts;
 use super::respond::{self, AdminStatus as Status};
 use crate::disk::Purged;
 
-/// Most bytes of a purge request's body: S3's longest key, escaped in the worst way, and room for the rest.
+/// Most bytes of a purge request's body: S3's longest key, escaped in the worst way, and room for
+/// the rest.
 const MAX_PURGE_BODY: usize = 16 << 10;
 
 const JSON: &str = "application/json";
@@ -60,8 +63,8 @@ pub trait Control: Send + Sync + 'static {
     /// All metrics in Prometheus' text format, version 0.0.4.
     fn metrics(&self) -> String;
 
-    /// Forgets every held revision of the key at `path`, or of every key below it if it ends in `*`. The path is
-    /// as a client writes it: percent-encoded, with the mount.
+    /// Forgets every held revision of the key at `path`, or of every key below it if it ends in
+    /// `*`. The path is as a client writes it: percent-encoded, with the mount.
     fn purge(&self, path: String) -> impl Future<Output = Result<Purged, PurgeRefused>> + Send;
 }
 
@@ -90,7 +93,8 @@ pub fn limits() -> Limits {
         max_head: 8 << 10,
         timeouts: Timeouts {
             header: Duration::from_secs(5),
-            // Longer than the usual scrape interval of 15 s to 60 s, so that scrapers keep their connection.
+            // Longer than the usual scrape interval of 15 s to 60 s, so that scrapers keep their
+            // connection.
             idle: Duration::from_secs(75),
             progress: Duration::from_secs(10),
         },

@@ -1,11 +1,13 @@
 //! Response bodies: parts in order, pulled from a [`ChunkSource`] as the client takes them.
 //!
-//! A [`ResponseBody`] knows its length from the start, and is exactly that long or fails: a source that yields too much,
-//! nothing, or an error ends in an error from `poll_frame`, at which hyper cuts the connection (P3).
+//! A [`ResponseBody`] knows its length from the start, and is exactly that long or fails: a source
+//! that yields too much, nothing, or an error ends in an error from `poll_frame`, at which hyper
+//! cuts the connection (P3).
 //!
-//! hyper drops a body as soon as it has handed over its last chunk, long before the client has the bytes. So what a
-//! response really sent is counted by its chunks, and a [`BodyObserver`] hears of the end when the last of
-//! body and chunks is gone: once, with the bytes that reached the socket and the reason if some did not.
+//! hyper drops a body as soon as it has handed over its last chunk, long before the client has the
+//! bytes. So what a response really sent is counted by its chunks, and a [`BodyObserver`] hears of
+//! the end when the last of body and chunks is gone: once, with the bytes that reached the socket
+//! and the reason if some did not.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -64,7 +66,8 @@ pub struct BodyEnd {
 /// Why a body was cut short.
 #[derive(Debug)]
 pub struct Abort {
-    /// A word for the metric `aborted{reason}`: the source's, a [`Cut`](super::io::Cut)'s label, or `client_gone`.
+    /// A word for the metric `aborted{reason}`: the source's, a [`Cut`](super::io::Cut)'s label, or
+    /// `client_gone`.
     pub reason: &'static str,
     /// The source's error, if that was it.
     pub error: Option<BodyError>,
@@ -113,8 +116,8 @@ impl<O: BodyObserver + ?Sized> Drop for Delivery<O> {
 
 /// The body of a response.
 ///
-/// For a response without content (304, or any answer to HEAD) use [`ResponseBody::empty`]: hyper drops the body of such an
-/// answer unsent, which an observer would hear as an abort.
+/// For a response without content (304, or any answer to HEAD) use [`ResponseBody::empty`]: hyper
+/// drops the body of such an answer unsent, which an observer would hear as an abort.
 #[must_use]
 pub struct ResponseBody {
     /// Bytes not handed to hyper yet.
@@ -149,7 +152,8 @@ impl ResponseBody {
 
     /// One range of the source, or several with delimiters between them (RFC 9110 §14.6).
     ///
-    /// `queue` is that of the connection the response goes to: [`ConnInfo::queue`](super::accept::ConnInfo::queue).
+    /// `queue` is that of the connection the response goes to:
+    /// [`ConnInfo::queue`](super::accept::ConnInfo::queue).
     pub fn new(
         parts: impl Into<VecDeque<Part>>,
         source: Box<dyn ChunkSource>,
@@ -174,11 +178,6 @@ impl ResponseBody {
                 delivery,
             },
         }
-    }
-
-    /// The bytes of the body that were not handed to hyper yet: at first, its length.
-    pub fn remaining(&self) -> u64 {
-        self.left
     }
 }
 
@@ -296,8 +295,9 @@ impl Buf for Chunk {
     }
 
     /// # Panics
-    /// For a file extent, whose bytes are not in memory. An empty slice would be worse: whoever copies a body by `chunk` would
-    /// take it for the end and send the next response's head in its place.
+    /// For a file extent, whose bytes are not in memory. An empty slice would be worse: whoever
+    /// copies a body by `chunk` would take it for the end and send the next response's head in its
+    /// place.
     fn chunk(&self) -> &[u8] {
         match &self.0 {
             Piece::Memory { bytes, .. } => bytes,

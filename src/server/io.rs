@@ -1,25 +1,26 @@
 //! The data listener's sockets: how file extents get through hyper to sendfile(2).
 //!
 //! hyper has no sendfile, but with vectored writes it never looks at a body's bytes. It keeps each
-//! body chunk in a queue, asks it for slices, hands these to the connection's IO and tells the chunk
-//! how many bytes went out. So a file chunk contributes one slice that stands for its extent: a
-//! *marker*, recognised by address and never written, and offers the extent itself to the
-//! connection's [`SendQueue`]. [`SendfileIo`] writes the memory in front of the first marker; once a
-//! marker is in front it sends the offered extent instead, and reports the bytes sent as written.
+//! body chunk in a queue, asks it for slices, hands these to the connection's IO and tells the
+//! chunk how many bytes went out. So a file chunk contributes one slice that stands for its extent:
+//! a *marker*, recognised by address and never written, and offers the extent itself to the
+//! connection's [`SendQueue`]. [`SendfileIo`] writes the memory in front of the first marker; once
+//! a marker is in front it sends the offered extent instead, and reports the bytes sent as written.
 //! ADR 2 has the measurements.
 //!
 //! What this leans on, and what breaks without it (`tests/sendfile.rs` guards it):
 //!
-//! - hyper queues chunks untouched, and asks for slices right before each write. Hence `writev(true)`, never
-//!   `pipeline_flush`, and the pinned minor version of hyper. Where hyper flattens instead, it
-//!   calls `Buf::chunk`, which panics for a file chunk: a dead connection, not a wrong body.
-//! - A body is never longer than its `Content-Length`, since hyper would cut the marker rather than the extent.
-//!   [`ResponseBody`](super::body::ResponseBody) sees to that.
-//! - `TCP_NODELAY` is on and no write says `MSG_MORE`: a head that is written at once and a sendfile
-//!   after it cost less than half of one corked segment.
+//! - hyper queues chunks untouched, and asks for slices right before each write. Hence
+//!   `writev(true)`, never `pipeline_flush`, and the pinned minor version of hyper. Where hyper
+//!   flattens instead, it calls `Buf::chunk`, which panics for a file chunk: a dead connection, not
+//!   a wrong body.
+//! - A body is never longer than its `Content-Length`, since hyper would cut the marker rather than
+//!   the extent. [`ResponseBody`](super::body::ResponseBody) sees to that.
+//! - `TCP_NODELAY` is on and no write says `MSG_MORE`: a head that is written at once and a
+//!   sendfile after it cost less than half of one corked segment.
 //!
-//! Time is limited here too, because only here it shows who is being waited for. The timers are started by the
-//! first wait, so a request that never waits never touches one:
+//! Time is limited here too, because only here it shows who is being waited for. The timers are
+//! started by the first wait, so a request that never waits never touches one:
 //!
 //! ```text
 //!             wait for a byte                      bytes, head not complete
@@ -53,10 +54,11 @@ use crate::disk::FileExtent;
 const SLICE: u64 = 1 << 20;
 
 /// Most bytes that are sent before other tasks get their turn, however fast the client takes them.
-/// Tokio's own budget counts calls, and 128 slices would be a hundred times as much.
+/// Tokio's own budget counts calls, and 128 slices would be thirty times as much.
 const BURST: u64 = 4 << 20;
 
-/// Stands in hyper's slice list where a file extent belongs. Not a `const` and not empty: its address is its meaning.
+/// Stands in hyper's slice list where a file extent belongs. Not a `const` and not empty: its
+/// address is its meaning.
 static MARKER: [u8; 1] = [0];
 
 fn is_marker(slice: &IoSlice<'_>) -> bool {
@@ -102,8 +104,9 @@ impl Cut {
 
 /// What a connection's response bodies and its IO share. Cheap to clone.
 ///
-/// The queue is one place long, because only the extent that hyper will write next matters: slices are asked for anew
-/// before each write, in order, and the first file chunk of such a pass takes the place.
+/// The queue is one place long, because only the extent that hyper will write next matters: slices
+/// are asked for anew before each write, in order, and the first file chunk of such a pass takes
+/// the place.
 #[derive(Clone, Debug, Default)]
 pub struct SendQueue(Arc<Shared>);
 
@@ -116,7 +119,8 @@ struct Shared {
 }
 
 impl SendQueue {
-    /// Announces a file chunk's extent; returns the slice that must stand for it in the vectored write.
+    /// Announces a file chunk's extent; returns the slice that must stand for it in the vectored
+    /// write.
     pub(super) fn offer(&self, extent: &FileExtent) -> IoSlice<'static> {
         self.0.next.lock().get_or_insert_with(|| extent.clone());
         IoSlice::new(&MARKER)
@@ -171,7 +175,8 @@ impl Patience {
             .map_or(Poll::Pending, |sleep| sleep.as_mut().poll(cx))
     }
 
-    /// What was waited for happened. The timer is left in the wheel: at worst it wakes the task once for nothing.
+    /// What was waited for happened. The timer is left in the wheel: at worst it wakes the task
+    /// once for nothing.
     fn stop(&mut self) {
         self.running = false;
     }
@@ -200,7 +205,8 @@ pub struct SendfileIo {
 }
 
 impl SendfileIo {
-    /// Wraps an accepted socket; `TCP_NODELAY` is the caller's business. Bodies sent through it must be built with the same `queue`.
+    /// Wraps an accepted socket; `TCP_NODELAY` is the caller's business. Bodies sent through it
+    /// must be built with the same `queue`.
     pub fn new(tcp: TcpStream, queue: SendQueue, page_in: PageIn, timeouts: Timeouts) -> Self {
         Self {
             tcp,
@@ -223,7 +229,8 @@ impl SendfileIo {
         self.expecting = Expecting::Request;
     }
 
-    /// The socket takes nothing. `Ready` with the error that ends the connection once it has taken nothing for too long.
+    /// The socket takes nothing. `Ready` with the error that ends the connection once it has taken
+    /// nothing for too long.
     fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         self.burst = 0;
         ready!(self.write_wait.poll_exhausted(cx, self.timeouts.progress));
@@ -273,7 +280,8 @@ impl SendfileIo {
                 return self.poll_stalled(cx).map(Err);
             };
             writable?;
-            // What was just loaded is not asked about again, so that a page cache under pressure cannot keep us here.
+            // What was just loaded is not asked about again, so that a page cache under pressure
+            // cannot keep us here.
             if !loaded && !PageIn::is_resident(extent, len) {
                 self.write_wait.stop();
                 self.loading = Some(self.page_in.load(extent.clone(), len));
@@ -322,7 +330,8 @@ impl hyper::rt::Read for SendfileIo {
         mut buf: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        // Requests are small: copying one from the stack is cheaper than zeroing hyper's buffer for it.
+        // Requests are small: copying one from the stack is cheaper than zeroing hyper's buffer for
+        // it.
         let mut stack = [MaybeUninit::<u8>::uninit(); 8192];
         let room = stack.len().min(buf.remaining());
         let mut read = ReadBuf::uninit(&mut stack[..room]);

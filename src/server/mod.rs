@@ -6,16 +6,19 @@
 //!  drain                            the tiers   and fields   from the tiers   sendfile
 //! ```
 //!
-//! - [`accept`]: takes connections up to a limit, serves each in a task of its own, and drains them on shutdown.
-//! - [`io`]: the socket as hyper sees it. File extents go out by sendfile; whoever makes us wait too long is cut.
-//! - [`page_in`]: what is not in the page cache is read off the runtime's workers before it is sent.
+//! - [`accept`]: takes connections up to a limit, serves each in a task of its own, and drains them
+//!   on shutdown.
+//! - [`io`]: the socket as hyper sees it. File extents go out by sendfile; whoever makes us wait
+//!   too long is cut.
+//! - [`page_in`]: what is not in the page cache is read off the runtime's workers before it is
+//!   sent.
 //! - [`body`]: what a response's body is made of, and how its end is observed.
 //! - [`respond`]: every status code there is.
 //! - [`admin`]: health, metrics and purge, on a listener of their own.
 //!
-//! Three rules hold the module together. Whatever fails after the head cuts the connection (P3).
-//! No payload byte of a disk hit is copied (P7), so nobody below the handler looks at a body. And no client can
-//! hold anything by doing nothing: each wait for a client has a limit (P9, P12).
+//! Three rules hold the module together. Whatever fails after the head cuts the connection (P3). No
+//! payload byte of a disk hit is copied (P7), so nobody below the handler looks at a body. And no
+//! client can hold anything by doing nothing: each wait for a client has a limit (P9, P12).
 
 pub mod accept;
 pub mod admin;

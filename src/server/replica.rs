@@ -10,6 +10,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,7 +30,7 @@ use crate::config::{Config, MountConfig};
 use crate::disk::{DiskError, DiskTier, Purged};
 use crate::fill::{FillSettings, Filler};
 use crate::mount::{ForbiddenAs, Mount, Mounts, PathError};
-use crate::remote::s3::{CredentialSource, S3Remote, S3Settings};
+use crate::remote::s3::{CredentialSource, InvalidS3Settings, S3Remote, S3Settings};
 use crate::remote::{Remote, RemoteError, RemoteErrorKind};
 use crate::semantics::RangeSpec;
 use crate::telemetry::Metrics;
@@ -69,6 +70,14 @@ pub enum StartError {
         /// What to do.
         advice: &'static str,
     },
+    /// A mount's settings cannot be used.
+    #[error("mount {path}: {source}")]
+    Settings {
+        /// The mount's path.
+        path: String,
+        /// Why not.
+        source: InvalidS3Settings,
+    },
     /// Something that every Linux has is missing.
     #[error("{0}")]
     System(#[from] io::Error),
@@ -83,7 +92,7 @@ impl StartError {
             Self::Disk(DiskError::Locked { .. }) => 75,
             Self::Disk(_) => 73,
             Self::Mount { error, .. } if error.kind == RemoteErrorKind::Forbidden => 77,
-            Self::Mount { .. } => 78,
+            Self::Mount { .. } | Self::Settings { .. } => 78,
             Self::System(_) => 71,
         }
     }
@@ -121,7 +130,7 @@ impl Replica {
         .await?;
         let mounts = Arc::new(Mounts::new(mounts));
         let metrics = Metrics::default();
-        let part_size = config.cache.part_size;
+        let part_size = NonZeroU64::new(config.cache.part_size).unwrap_or(NonZeroU64::MIN);
         let filler = Filler::new(
             Arc::clone(&disk),
             FillSettings { part_size, budget: config.cache.fill_budget },
@@ -130,7 +139,7 @@ impl Replica {
         let tiers = Tiers::new(
             Arc::clone(&disk),
             Arc::clone(&filler),
-            TierSettings { fan_out: config.cache.fan_out, part_size },
+            TierSettings { fan_out: config.cache.fan_out, part_size: part_size.get() },
             metrics.clone(),
         );
         let (readiness, is_ready) = watch::channel(Readiness::Ready);
@@ -296,7 +305,10 @@ async fn open_mount(
         error: Box::new(error),
         advice,
     };
-    let remote = S3Remote::connect(settings).await;
+    let remote = S3Remote::connect(settings).await.map_err(|source| StartError::Settings {
+        path: config.path.clone(),
+        source,
+    })?;
     let probe_key = [config.prefix.as_str(), PROBE_KEY].concat();
     let want = Some(RangeSpec::Closed { first: 0, last: 0 });
     let probe = remote.read_current(&probe_key, want, None);

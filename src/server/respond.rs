@@ -375,7 +375,7 @@ pub(super) enum AdminStatus {
 pub(super) fn admin(
     status: AdminStatus,
     content_type: &'static str,
-    body: impl Into<bytes::Bytes>,
+    body: impl Into<Bytes>,
 ) -> Response<ResponseBody> {
     let mut response = Response::new(ResponseBody::bytes(body));
     *response.status_mut() = match status {

@@ -283,6 +283,7 @@ impl Tiers {
             if let Some(mut follow) = self.filler.adopt(&source, read) {
                 // The hold-back waits for its bytes; a disk that cannot take them is found out there.
                 if let Ok(Some(answered)) = follow.answered().await {
+                    trace.stored = true;
                     current_held = Some(answered.held);
                 }
             }

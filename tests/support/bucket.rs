@@ -17,8 +17,8 @@ pub(crate) struct Access {
     pub(crate) endpoint: String,
     pub(crate) region: String,
     pub(crate) bucket: String,
-    pub(crate) access_key_id: String,
-    pub(crate) secret_access_key: String,
+    pub(crate) key_id: String,
+    pub(crate) secret: String,
 }
 
 impl Access {
@@ -29,8 +29,8 @@ impl Access {
             region: Some(self.region.clone()),
             path_style: true,
             credentials: CredentialSource::Fixed {
-                access_key_id: self.access_key_id.clone(),
-                secret_access_key: self.secret_access_key.clone(),
+                access_key_id: self.key_id.clone(),
+                secret_access_key: self.secret.clone(),
             },
             ..S3Settings::new(&self.bucket)
         }
@@ -42,7 +42,7 @@ impl Access {
         let http = aws_smithy_http_client::Builder::new()
             .tls_provider(ring)
             .build_https();
-        let (id, secret) = (&self.access_key_id, &self.secret_access_key);
+        let (id, secret) = (&self.key_id, &self.secret);
         let config = aws_sdk_s3::Config::builder()
             .behavior_version(BehaviorVersion::latest())
             .endpoint_url(&self.endpoint)

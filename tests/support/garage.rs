@@ -35,8 +35,8 @@ impl Garage {
             endpoint: format!("http://127.0.0.1:{s3}"),
             region: "garage".to_owned(),
             bucket: "snapshots".to_owned(),
-            access_key_id: format!("GK{}", "a".repeat(24)),
-            secret_access_key: "b".repeat(64),
+            key_id: format!("GK{}", "a".repeat(24)),
+            secret: "b".repeat(64),
         };
         let config = dir.path().join("garage.toml");
         write_private(&config, &configuration(dir.path(), s3, rpc));
@@ -46,8 +46,8 @@ impl Garage {
             .arg("-c")
             .arg(&config)
             .args(["server", "--single-node", "--default-bucket"])
-            .env("GARAGE_DEFAULT_ACCESS_KEY", &access.access_key_id)
-            .env("GARAGE_DEFAULT_SECRET_KEY", &access.secret_access_key)
+            .env("GARAGE_DEFAULT_ACCESS_KEY", &access.key_id)
+            .env("GARAGE_DEFAULT_SECRET_KEY", &access.secret)
             .env("GARAGE_DEFAULT_BUCKET", &access.bucket)
             .env("RUST_LOG", "garage=warn")
             .stdin(Stdio::null())

@@ -64,8 +64,8 @@ impl Wire {
             endpoint: format!("http://{}", self.address),
             region: "test-1".to_owned(),
             bucket: "secret-bucket".to_owned(),
-            access_key_id: "AKIDSCRIPTEDTEST".to_owned(),
-            secret_access_key: "very-secret-key".to_owned(),
+            key_id: "AKIDSCRIPTEDTEST".to_owned(),
+            secret: "very-secret-key".to_owned(),
         }
     }
 

@@ -348,11 +348,12 @@ impl Client {
                     if at > left.start() {
                         patience.progress();
                     }
-                    // A connection can break behind the last byte; then nothing is missing.
-                    let Some(rest) = left.from_offset(at) else {
-                        return Ok(());
-                    };
-                    left = rest;
+                    match left.from_offset(at) {
+                        Some(rest) => left = rest,
+                        // A connection can break behind the last byte; then nothing is missing.
+                        None if matches!(trouble, Trouble::Passing { .. }) => return Ok(()),
+                        None => {}
+                    }
                     trouble
                 }
             };

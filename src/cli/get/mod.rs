@@ -174,7 +174,10 @@ pub async fn run(args: GetArgs) -> ExitCode {
     let stdout = match io::stdout().as_fd().try_clone_to_owned() {
         Ok(stdout) => tokio::fs::File::from_std(stdout.into()),
         Err(error) => {
-            let _gone = writeln!(io::stderr(), "pinrange: cannot use standard output: {error}");
+            let _gone = writeln!(
+                io::stderr(),
+                "pinrange: cannot use standard output: {error}"
+            );
             return ExitCode::from(74);
         }
     };
