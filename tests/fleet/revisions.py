@@ -1,0 +1,69 @@
+"""The object's revisions, and the judgement on what a client downloaded.
+
+Every 4 KiB page of revision N begins with N and with the page's own offset, so a file that is not one revision can say
+what it is made of. The judge is stricter than that: S3's ETag of a single PUT is the MD5 of its bytes, so a file is a
+revision exactly if its MD5 is that revision's ETag.
+"""
+
+import hashlib
+import random
+import struct
+import threading
+
+PAGE = 4096
+HEADER = struct.Struct("<QQ")
+
+
+class Revisions:
+    """What was uploaded. Of use to the one uploading thread and to any number of judging threads."""
+
+    def __init__(self, size):
+        if size % PAGE:
+            raise ValueError(f"the size must be a multiple of {PAGE}")
+        self.size = size
+        self._buffer = bytearray(random.Random(size).randbytes(PAGE) * (size // PAGE))
+        for offset in range(0, size, PAGE):
+            HEADER.pack_into(self._buffer, offset, 0, offset)
+        self._numbers = {}
+        self._uploaded = threading.Condition()
+
+    def bytes_of(self, number):
+        """The bytes of a revision, valid until the next call."""
+        for index, byte in enumerate(number.to_bytes(8, "little")):
+            self._buffer[index::PAGE] = bytes([byte]) * (self.size // PAGE)
+        return memoryview(self._buffer)
+
+    def uploaded(self, number, etag):
+        with self._uploaded:
+            self._numbers[etag] = number
+            self._uploaded.notify_all()
+
+    def judge(self, path, pin):
+        """None if the file is the pinned revision, or without a pin any one revision; else what is wrong with it."""
+        digest = hashlib.md5()
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        etag = f'"{digest.hexdigest()}"'
+        if pin is not None:
+            return None if etag == pin else f"pinned {pin}, but the file {self._describe(path, etag)}"
+        with self._uploaded:
+            # A client may be done with a revision before its uploader has heard that the PUT succeeded.
+            known = self._uploaded.wait_for(lambda: etag in self._numbers, timeout=5)
+        return None if known else f"the file {self._describe(path, etag)}"
+
+    def _describe(self, path, etag):
+        """What the file is made of, for the report."""
+        if etag in self._numbers:
+            return f"is revision {self._numbers[etag]}, whole"
+        stretches = []
+        with open(path, "rb") as file:
+            data = file.read()
+        for offset in range(0, len(data) - HEADER.size + 1, PAGE):
+            number, at = HEADER.unpack_from(data, offset)
+            what = number if at == offset else "not ours"
+            if not stretches or stretches[-1][1] != what:
+                stretches.append((offset, what))
+        made_of = ", ".join(f"{what} from {offset}" for offset, what in stretches[:8])
+        more = f" and {len(stretches) - 8} stretches more" if len(stretches) > 8 else ""
+        return f"has {len(data)} bytes of {self.size}, revision {made_of}{more}"

@@ -1,0 +1,239 @@
+"""The processes of a run: Garage, the replicas and HAProxy. Each is ended by its pid when the run ends, however it does."""
+
+import contextlib
+import datetime
+import hashlib
+import hmac
+import http.client
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+BUCKET = "snapshots"
+OBJECT = "fleet.bin"
+REGION = "garage"
+KEY = "GK" + "a" * 24
+SECRET = "b" * 64
+
+
+class Broken(Exception):
+    """The run cannot go on: a program is missing or does not start."""
+
+
+def program(name):
+    """The path of a program, which may be a path already."""
+    path = shutil.which(name)
+    if path is None:
+        raise Broken(f"{name} is not on PATH")
+    return path
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Processes(contextlib.ExitStack):
+    """Starts servers, with a log file each, and ends them in reverse order."""
+
+    def __init__(self, directory):
+        super().__init__()
+        self.directory = directory
+        self.exit_codes = {}
+
+    def start(self, name, command, env=None):
+        log = self.enter_context(open(self.directory / f"{name}.log", "wb"))
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})}
+        )
+        self.callback(self._end, name, process)
+        return process
+
+    def _end(self, name, process):
+        already = process.poll()
+        if already is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.exit_codes[name] = f"{already}, before it was told to" if already is not None else process.returncode
+
+    def wait_until(self, name, process, ready):
+        """Asks until `ready()` is true: connections are refused while a server starts, and there is nothing to await."""
+        give_up = time.monotonic() + 20
+        while time.monotonic() < give_up and process.poll() is None:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if ready():
+                    return
+            time.sleep(0.05)
+        tail = (self.directory / f"{name}.log").read_text(errors="replace")[-2000:]
+        state = "is not ready after 20 s" if process.poll() is None else f"ended with {process.returncode}"
+        raise Broken(f"{name} {state}; its log ends:\n{tail}")
+
+
+def status_of(port, path):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        return connection.getresponse().status
+
+
+class Garage:
+    """A real S3 server with one bucket. Its website listener serves the bucket to anyone, for runs without pinrange."""
+
+    def __init__(self, processes, directory):
+        self.s3_port, rpc_port, self.web_port = free_port(), free_port(), free_port()
+        self._config = directory / "garage.toml"
+        self._config.write_text(f"""\
+metadata_dir = "{directory}/garage/meta"
+data_dir = "{directory}/garage/data"
+db_engine = "sqlite"
+replication_factor = 1
+compression_level = "none"
+metadata_fsync = false
+data_fsync = false
+rpc_bind_addr = "127.0.0.1:{rpc_port}"
+rpc_public_addr = "127.0.0.1:{rpc_port}"
+[s3_api]
+s3_region = "{REGION}"
+api_bind_addr = "127.0.0.1:{self.s3_port}"
+[s3_web]
+bind_addr = "127.0.0.1:{self.web_port}"
+root_domain = ".web.localhost"
+""")
+        self._env = {
+            "GARAGE_RPC_SECRET": "c" * 64,
+            "GARAGE_DEFAULT_ACCESS_KEY": KEY,
+            "GARAGE_DEFAULT_SECRET_KEY": SECRET,
+            "GARAGE_DEFAULT_BUCKET": BUCKET,
+            "RUST_LOG": "garage=warn",
+        }
+        self._garage = [program("garage"), "-c", str(self._config)]
+        process = processes.start("garage", [*self._garage, "server", "--single-node", "--default-bucket"], self._env)
+        processes.wait_until("garage", process, lambda: self.signed("GET", f"/{BUCKET}")[0] == 200)
+
+    def publish(self):
+        """Lets anyone read the bucket at `http://localhost:{web_port}/`: Garage takes the bucket's name from the host."""
+        for command in (["bucket", "alias", BUCKET, "localhost"], ["bucket", "website", "--allow", BUCKET]):
+            subprocess.run([*self._garage, *command], env={**os.environ, **self._env}, check=True, capture_output=True)
+
+    def put(self, body):
+        """Overwrites the object; gives the ETag of the new revision."""
+        status, headers, answer = self.signed("PUT", f"/{BUCKET}/{OBJECT}", body)
+        if status != 200:
+            raise Broken(f"Garage answered a PUT with {status}: {answer[:500]!r}")
+        return headers["ETag"]
+
+    def signed(self, method, path, body=None):
+        """One request with AWS signature version 4, the payload left out of it: Garage hashes it anyway for its ETag."""
+        now = datetime.datetime.now(datetime.timezone.utc)
+        day, stamp = now.strftime("%Y%m%d"), now.strftime("%Y%m%dT%H%M%SZ")
+        headers = {
+            "host": f"127.0.0.1:{self.s3_port}",
+            "x-amz-content-sha256": "UNSIGNED-PAYLOAD",
+            "x-amz-date": stamp,
+        }
+        names = ";".join(headers)
+        fields = "".join(f"{name}:{value}\n" for name, value in headers.items())
+        canonical = f"{method}\n{path}\n\n{fields}\n{names}\nUNSIGNED-PAYLOAD"
+        scope = f"{day}/{REGION}/s3/aws4_request"
+        to_sign = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
+        key = f"AWS4{SECRET}".encode()
+        for step in (day, REGION, "s3", "aws4_request", to_sign):
+            key = hmac.digest(key, step.encode(), "sha256")
+        headers["authorization"] = (
+            f"AWS4-HMAC-SHA256 Credential={KEY}/{scope}, SignedHeaders={names}, Signature={key.hex()}"
+        )
+        connection = http.client.HTTPConnection("127.0.0.1", self.s3_port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+
+
+class Fleet:
+    """Replicas of pinrange behind HAProxy, which runs the configuration that we ship."""
+
+    def __init__(self, processes, directory, binary, garage, size, capacity):
+        # Every replica gets a share even of a small object. Parts keep within a stretch.
+        stretch = max(1 << 20, min(64 << 20, size // 8))
+        part = min(16 << 20, stretch)
+        self.port, self._stats_port = free_port(), free_port()
+        env = {
+            "PINRANGE_FRONTEND": f"127.0.0.1:{self.port}",
+            "PINRANGE_STATS": f"127.0.0.1:{self._stats_port}",
+            "PINRANGE_STRETCH": str(stretch),
+        }
+        self._admin_ports = []
+        for number in (1, 2, 3):
+            port, admin = free_port(), free_port()
+            self._admin_ports.append(admin)
+            config = directory / f"replica{number}.toml"
+            config.write_text(f"""\
+[server]
+listen = "127.0.0.1:{port}"
+admin = "127.0.0.1:{admin}"
+drain_timeout = "10s"
+[cache]
+dir = "{directory}/cache{number}"
+capacity = "{capacity}"
+min_free = "1%"
+part_size = {part}
+[[mount]]
+path = "/{BUCKET}"
+bucket = "{BUCKET}"
+endpoint = "http://127.0.0.1:{garage.s3_port}"
+region = "{REGION}"
+path_style = true
+""")
+            process = processes.start(
+                f"replica{number}",
+                [binary, "serve", "--config", str(config)],
+                {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET},
+            )
+            processes.wait_until(f"replica{number}", process, lambda: status_of(admin, "/readyz") == 200)
+            env[f"PINRANGE_{number}"] = f"127.0.0.1:{port}"
+            env[f"PINRANGE_{number}_ADMIN_PORT"] = str(admin)
+        # Debian keeps it where only root's PATH looks.
+        haproxy = shutil.which("haproxy") or program("/usr/sbin/haproxy")
+        process = processes.start("haproxy", [haproxy, "-db", "-f", str(REPOSITORY / "deploy/haproxy.cfg")], env)
+        processes.wait_until("haproxy", process, lambda: status_of(self._stats_port, "/healthz") == 200)
+
+    def shares(self):
+        """What each replica answered, as HAProxy counted it."""
+        text = _text(self._stats_port, "/metrics")
+        return {
+            f"replica{number}": {
+                **{
+                    code: _sample(text, "haproxy_server_http_responses_total", f"replica{number}", f'code="{code}"')
+                    for code in ("2xx", "4xx", "5xx")
+                },
+                "bytes": _sample(text, "haproxy_server_bytes_in_total", f"replica{number}"),
+                "retried": _sample(text, "haproxy_server_retry_warnings_total", f"replica{number}"),
+            }
+            for number in (1, 2, 3)
+        }
+
+
+def _text(port, path):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        return connection.getresponse().read().decode()
+
+
+def _sample(text, metric, server, label=""):
+    pattern = rf'^{metric}\{{[^}}]*server="{server}"[^}}]*{label}[^}}]*\}} (\S+)$'
+    found = re.search(pattern, text, re.MULTILINE)
+    if found is None:
+        raise Broken(f"HAProxy shows no {metric} of {server}")
+    return int(float(found[1]))
