@@ -159,7 +159,7 @@ mod tests {
                 .map(|path| Mount {
                     path: (*path).to_owned(),
                     prefix: "p/".to_owned(),
-                    remote: Arc::new(MemoryRemote::new("store")),
+                    remote: Arc::new(MemoryRemote::new()),
                     fresh_for: Duration::from_secs(2),
                     stale_if_error: Duration::from_secs(300),
                     forbidden: ForbiddenAs::BadGateway,

@@ -365,6 +365,16 @@ fn disk_registry(stats: &DiskStats) -> Registry {
         ConstCounter::new(stats.evicted_bytes),
     );
     registry.register(
+        "quarantines",
+        "Segments dropped because their file was gone, short or corrupt, or could not be synced",
+        ConstCounter::new(stats.quarantines),
+    );
+    registry.register(
+        "open_files",
+        "Segment files open, those that responses hold included",
+        ConstGauge::new(stats.open_files),
+    );
+    registry.register(
         "revisions",
         "Revisions known to memory",
         ConstGauge::new(stats.revisions_in_memory),
@@ -579,6 +589,8 @@ mod tests {
             capacity_bytes: 20,
             evictions: 3,
             evicted_bytes: 4,
+            quarantines: 6,
+            open_files: 7,
             revisions_in_memory: 5,
             degraded: true,
         };
@@ -646,6 +658,8 @@ mod tests {
             ("pinrange_disk_capacity_bytes", "20"),
             ("pinrange_disk_evictions_total", "3"),
             ("pinrange_disk_evicted_bytes_total", "4"),
+            ("pinrange_disk_quarantines_total", "6"),
+            ("pinrange_disk_open_files", "7"),
             ("pinrange_disk_revisions", "5"),
             ("pinrange_disk_degraded", "1"),
             (

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `GET /healthz` | the process is alive |
 //! | `GET /readyz` | requests are served: 503 while starting or draining |
-//! | `GET /metrics` | Prometheus' text format |
+//! | `GET /metrics` | OpenMetrics, as Prometheus reads it |
 //! | `POST /purge` | `{"path": "/mount/key"}`, or a prefix that ends in `*`: forgets every held revision |
 //!
 //! It is a second [`Acceptor`](super::accept::Acceptor) with limits of its own ([`limits`]), so a
@@ -31,6 +31,7 @@ use super::body::ResponseBody;
 use super::io::Timeouts;
 use super::respond::{self, AdminStatus as Status};
 use crate::disk::Purged;
+use crate::telemetry::Metrics;
 
 /// Most bytes of a purge request's body: S3's longest key, escaped in the worst way, and room for
 /// the rest.
@@ -38,7 +39,6 @@ const MAX_PURGE_BODY: usize = 16 << 10;
 
 const JSON: &str = "application/json";
 const TEXT: &str = "text/plain; charset=utf-8";
-const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// How far the process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +60,7 @@ pub trait Control: Send + Sync + 'static {
     /// How far the process is.
     fn readiness(&self) -> Readiness;
 
-    /// All metrics in Prometheus' text format, version 0.0.4.
+    /// All metrics, as [`Metrics::encode`] writes them.
     fn metrics(&self) -> String;
 
     /// Forgets every held revision of the key at `path`, or of every key below it if it ends in
@@ -122,7 +122,7 @@ impl<C: Control> Handler for Admin<C> {
                 Readiness::Starting => respond::admin(Status::Unready, TEXT, "starting\n"),
                 Readiness::Draining => respond::admin(Status::Unready, TEXT, "draining\n"),
             },
-            "/metrics" if get => respond::admin(Status::Ok, METRICS, control.metrics()),
+            "/metrics" if get => respond::admin(Status::Ok, Metrics::CONTENT_TYPE, control.metrics()),
             "/healthz" | "/readyz" | "/metrics" => {
                 refuse(Status::Allow("GET, HEAD"), "this page can only be read")
             }
@@ -280,7 +280,7 @@ mod tests {
         let (status, answer) = Server::start().await.ask("GET /metrics HTTP/1.1", "").await;
         assert_eq!(status, "200");
         assert!(
-            answer.contains("content-type: text/plain; version=0.0.4"),
+            answer.contains("content-type: application/openmetrics-text; version=1.0.0"),
             "{answer}"
         );
         assert!(answer.ends_with("\r\n\r\npinrange_up 1\n"), "{answer}");

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use http::header::{CACHE_CONTROL, HeaderMap, HeaderName, HeaderValue, VIA};
 use http::{Request, Response};
+use http_body::Body as _;
 use tracing::{Instrument, Span, field};
 
 use super::body::{BodyEnd, BodyObserver, ResponseBody};
@@ -112,7 +113,7 @@ impl Handler {
                 }
                 let (response, over) = respond::opened(opened, head.method, queue, end);
                 if let Some(end) = over {
-                    end.over(response.body().remaining());
+                    end.over(response.body().size_hint().lower());
                 }
                 response
             }
@@ -127,7 +128,7 @@ impl Handler {
                     Refusal::BadGateway { .. } => "bad_gateway",
                 };
                 end.tier = "remote";
-                end.over(response.body().remaining());
+                end.over(response.body().size_hint().lower());
                 response
             }
         }
