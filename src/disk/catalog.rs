@@ -106,6 +106,14 @@ pub(super) struct StoredRevision {
     pub(super) segments: Vec<StoredSegment>,
 }
 
+/// A stretch of `revisions` that was searched for some of which no byte is held.
+#[derive(Debug)]
+pub(super) struct Searched {
+    /// The id to go on after.
+    pub(super) last: i64,
+    pub(super) bare: Vec<(i64, Revision)>,
+}
+
 /// Names a row of `segments`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct SegmentId {
@@ -240,7 +248,7 @@ impl Catalog {
 
     /// A second connection, for checkpoints: they sync, and must not hold the lock meanwhile.
     pub(super) fn checkpointer(dir: &Path) -> Result<Checkpointer, DiskError> {
-        let connection = Connection::open(dir.join(FILE)).map_err(catalog_error)?;
+        let connection = Connection::open(dir.join(FILE)).map_err(|error| catalog_error(&error))?;
         Ok(Checkpointer {
             connection,
             commits: 0,
@@ -323,18 +331,18 @@ impl Db {
             // Cannot fail outside a transaction; were it to, commits would only be slower.
             let _ = self.connection.pragma_update(None, "synchronous", "NORMAL");
         }
-        result.map_err(|error| self.failed(error))
+        result.map_err(|error| self.failed(&error))
     }
 
     fn read<T>(
         &self,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T>,
     ) -> Result<T, DiskError> {
-        work(&self.connection).map_err(|error| self.failed(error))
+        work(&self.connection).map_err(|error| self.failed(&error))
     }
 
-    fn failed(&self, error: rusqlite::Error) -> DiskError {
-        if is_damage(&error) && fs::write(&self.damaged, error.to_string()).is_ok() {
+    fn failed(&self, error: &rusqlite::Error) -> DiskError {
+        if is_damage(error) && fs::write(&self.damaged, error.to_string()).is_ok() {
             tracing::error!(
                 %error,
                 "the catalog is damaged; the next start sets it aside and begins an empty one"
@@ -606,14 +614,14 @@ impl Db {
         })
     }
 
-    /// Up to `limit` revisions in `after..=up_to` of which no byte is held, and the id to go on
-    /// from; empty objects are held without a byte and do not count. `None`: none are left.
+    /// Looks at up to `limit` revisions after `after` and up to `up_to` for some of which no byte
+    /// is held; empty objects are held without one and do not count. `None`: no revisions are left.
     pub(super) fn bare_revisions(
         &self,
         after: i64,
         up_to: i64,
         limit: u32,
-    ) -> Result<Option<(i64, Vec<(i64, Revision)>)>, DiskError> {
+    ) -> Result<Option<Searched>, DiskError> {
         self.read(|connection| {
             let mut statement = connection.prepare_cached(
                 "SELECT id, store, key, validator, size > 0
@@ -636,7 +644,7 @@ impl Db {
                     ));
                 }
             }
-            Ok(last.map(|last| (last, bare)))
+            Ok(last.map(|last| Searched { last, bare }))
         })
     }
 }
@@ -739,7 +747,7 @@ fn is_damage(error: &rusqlite::Error) -> bool {
     )
 }
 
-fn catalog_error(error: rusqlite::Error) -> DiskError {
+fn catalog_error(error: &rusqlite::Error) -> DiskError {
     DiskError::Catalog(error.to_string())
 }
 

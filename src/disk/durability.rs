@@ -69,6 +69,9 @@ pub(super) struct CompletedBlock {
     pub(super) len: u64,
 }
 
+/// A change of what is current; `None`: the key is absent.
+pub(super) struct Pending(pub(super) Option<CurrentRecord>);
+
 /// What waits for the durability thread.
 #[derive(Default)]
 pub(super) struct Queue {
@@ -145,13 +148,13 @@ impl Queue {
         });
     }
 
-    /// What was set and is not committed yet; the inner `None`: the key is absent.
-    pub(super) fn pending_current(&self, key: &ObjectKey) -> Option<Option<CurrentRecord>> {
-        self.state
-            .lock()
+    /// What was set and is not committed yet.
+    pub(super) fn pending_current(&self, key: &ObjectKey) -> Option<Pending> {
+        let state = self.state.lock();
+        state
             .current
             .get(key)
-            .map(|(_, record)| record.clone())
+            .map(|(_, record)| Pending(record.clone()))
     }
 
     /// To be called under the catalog's lock, so that no commit is between reading and removing.
@@ -381,14 +384,14 @@ fn sync(shared: &Shared, grown: &mut Vec<Grown>) {
     });
     let mut synced: HashSet<PathBuf> = HashSet::new();
     grown.retain(|grown| {
-        let Some(shard) = grown.unrecorded_in(shared) else {
+        let Some(directory) = grown.unrecorded_in(shared) else {
             return true;
         };
-        if synced.contains(&shard) {
+        if synced.contains(&directory) {
             return true;
         }
-        match shared.sync.directory(&shard) {
-            Ok(()) => synced.insert(shard),
+        match shared.sync.directory(&directory) {
+            Ok(()) => synced.insert(directory),
             Err(error) => {
                 grown.give_up(shared, "fsync", &error);
                 false

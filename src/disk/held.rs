@@ -205,7 +205,7 @@ impl HeldRevision {
         }
         let end = state
             .next_present(g, start)
-            .map_or(range.end(), |next| next.min(range.end()));
+            .map_or_else(|| range.end(), |next| next.min(range.end()));
         Step::Missing(ByteRange::from_bounds(start, end).unwrap_or(range))
     }
 
@@ -239,7 +239,10 @@ impl HeldRevision {
         let state = self.state.lock();
         let start = state.first_absent(self.geometry, range)?;
         let end = state.next_present(self.geometry, start);
-        ByteRange::from_bounds(start, end.map_or(range.end(), |next| next.min(range.end())))
+        ByteRange::from_bounds(
+            start,
+            end.map_or_else(|| range.end(), |next| next.min(range.end())),
+        )
     }
 
     /// A sequential writer for `range` (block-aligned start; end block-aligned or the object's

@@ -1,4 +1,8 @@
 //! The tier as its users see it, and what is on disk when the power goes.
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "small numbers, on 64-bit targets"
+)]
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -665,6 +669,7 @@ async fn after_an_unclean_stop_a_flipped_bit_is_never_served() {
     let tier = open(dir.path());
     put(&tier, "good", SEGMENT).await;
     put(&tier, "bad", 2 * SEGMENT).await;
+    put(&tier, "untouched", SEGMENT).await;
     tier.flush().await.unwrap();
     let crashed = crash_copy(dir.path());
     let bad = body("bad", SEGMENT);
@@ -688,7 +693,7 @@ async fn after_an_unclean_stop_a_flipped_bit_is_never_served() {
     let good = tier.load(&revision("good", "a")).await.unwrap();
     assert_holds(&good, "good", range(0, SEGMENT)).await;
     assert_eq!(tier.stats().quarantines, 1);
-    assert_eq!(tier.stats().used_bytes, 2 * SEGMENT);
+    assert_eq!(tier.stats().used_bytes, 3 * SEGMENT);
     write(&tier, &held, "bad", range(0, SEGMENT)).await;
     assert_holds(&held, "bad", range(0, 2 * SEGMENT)).await;
 
@@ -698,7 +703,7 @@ async fn after_an_unclean_stop_a_flipped_bit_is_never_served() {
         WHERE run <= (SELECT value FROM meta WHERE name = 'suspect_run')";
     let catalog = Connection::open(crashed.path().join("catalog.sqlite")).unwrap();
     let count: i64 = catalog.query_row(suspects, [], |row| row.get(0)).unwrap();
-    assert_eq!(count, 0);
+    assert_eq!(count, 1);
 }
 
 /// What the last clean stop recorded is trusted; finding rot in it is the scrubber's work.
@@ -916,7 +921,7 @@ async fn headers_and_what_was_current_are_kept() {
     assert_eq!(held.representation(), changed);
     let current = tier.last_current(&key("x")).await.unwrap();
     assert_eq!(current.representation, changed);
-    assert!(current.checked_at.elapsed().unwrap() < Duration::from_secs(60));
+    assert!(current.checked_at.elapsed().unwrap() < Duration::from_mins(1));
     assert!(tier.last_current(&key("gone")).await.is_none());
 }
 

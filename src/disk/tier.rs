@@ -29,7 +29,7 @@ use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 use tokio::sync::oneshot;
 
-use super::catalog::{Catalog, SegmentId, StoredRevision};
+use super::catalog::{Catalog, Db, SegmentId, StoredRevision};
 use super::durability::{self, KernelSync, Queue, Syncer};
 use super::held::{HeldRevision, Segment, SegmentKey};
 use super::room::{Reservation, Room};
@@ -281,14 +281,14 @@ impl DiskTier {
     /// trouble (logged).
     pub async fn last_current(&self, key: &ObjectKey) -> Option<CurrentRecord> {
         if let Some(pending) = self.shared.queue.pending_current(key) {
-            return pending;
+            return pending.0;
         }
         let (shared, wanted) = (Arc::clone(&self.shared), key.clone());
         let found = blocking(move || {
             let db = shared.catalog.lock()?;
             // Under the lock: a purge or a commit may have come in between.
             match shared.queue.pending_current(&wanted) {
-                Some(pending) => Ok(pending),
+                Some(pending) => Ok(pending.0),
                 None => db.current(&wanted),
             }
         });
@@ -394,11 +394,6 @@ impl DiskTier {
             open_files: shared.room.open_files() as u64,
             degraded: shared.trouble.refuses_writes(),
         }
-    }
-
-    #[cfg(test)]
-    pub(super) fn shared(&self) -> &Arc<Shared> {
-        &self.shared
     }
 }
 
@@ -677,36 +672,20 @@ impl Shared {
                     plan.known.push((held, key, segment));
                 }
             }
-            self.carry_out(plan, &mut db)?;
+            let victims = plan.commit(&mut db)?;
+            // The rows are gone, and nobody else knows the files: no lock is needed to unlink them.
+            drop(db);
+            self.evictions.fetch_add(victims, Ordering::Relaxed);
+            let stored = plan.stored_files();
+            let known = plan
+                .known
+                .into_iter()
+                .map(|(_, _, segment)| segment)
+                .collect();
+            let bytes = self.unlink_all(known, &stored);
+            self.evicted_bytes.fetch_add(bytes, Ordering::Relaxed);
         }
         Ok(freed)
-    }
-
-    fn carry_out(&self, plan: Eviction, db: &mut super::catalog::Db) -> Result<(), DiskError> {
-        let victims: Vec<_> = plan.victims().collect();
-        if let Err(error) = db.evict(&victims, &plan.refreshed, &plan.forgettable) {
-            for (held, key, segment) in plan.known {
-                held.state.lock().segments.insert(key, segment);
-            }
-            return Err(error);
-        }
-        let mut bytes = 0;
-        for (_, _, segment) in plan.known {
-            segment.charge.unlink();
-            bytes += segment.charge.bytes();
-            let incarnation = segment.incarnation;
-            drop(segment);
-            self.unlink(incarnation);
-        }
-        for (id, row_bytes) in plan.stored {
-            bytes += row_bytes;
-            self.unlink(id.incarnation);
-            self.room.release(row_bytes);
-        }
-        self.evictions
-            .fetch_add(victims.len() as u64, Ordering::Relaxed);
-        self.evicted_bytes.fetch_add(bytes, Ordering::Relaxed);
-        Ok(())
     }
 
     /// Closes segment files that nobody sends from, the least recently used first, once there are
@@ -824,12 +803,13 @@ impl Shared {
         let mut removed = 0;
         while !self.closed.load(Ordering::Acquire) {
             let mut db = self.catalog.lock()?;
-            let Some((last, bare)) = db.bare_revisions(after, last_revision, 256)? else {
+            let Some(searched) = db.bare_revisions(after, last_revision, 256)? else {
                 break;
             };
-            after = last;
+            after = searched.last;
             // The lock keeps an admission from bringing one back between this look and the commit.
-            let gone: Vec<i64> = bare
+            let gone: Vec<i64> = searched
+                .bare
                 .into_iter()
                 .filter(|(_, revision)| !self.is_in_memory(revision))
                 .map(|(id, _)| id)
@@ -855,12 +835,28 @@ struct Eviction {
 }
 
 impl Eviction {
-    fn victims(&self) -> impl Iterator<Item = SegmentId> + '_ {
+    /// Deletes the rows, and puts back into memory what was taken out if that fails. Returns how
+    /// many segments go.
+    fn commit(&mut self, db: &mut Db) -> Result<u64, DiskError> {
         let known = self
             .known
             .iter()
             .map(|(held, key, segment)| held.segment_id(*key, segment));
-        known.chain(self.stored.iter().map(|(id, _)| *id))
+        let victims: Vec<_> = known.chain(self.stored.iter().map(|(id, _)| *id)).collect();
+        if let Err(error) = db.evict(&victims, &self.refreshed, &self.forgettable) {
+            for (held, key, segment) in self.known.drain(..) {
+                held.state.lock().segments.insert(key, segment);
+            }
+            return Err(error);
+        }
+        Ok(victims.len() as u64)
+    }
+
+    fn stored_files(&self) -> Vec<(u128, u64)> {
+        self.stored
+            .iter()
+            .map(|(id, bytes)| (id.incarnation, *bytes))
+            .collect()
     }
 }
 

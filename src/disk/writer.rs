@@ -279,13 +279,12 @@ impl Cursor {
                 }
             }
         }
-        let entered = match entered {
-            Some(entered) => entered,
-            None => {
-                let mut claimed = Coverage::empty(g.blocks_in(idx));
-                blocks.for_each(|block| claimed.insert(block));
-                create(held, idx, claimed, end)?
-            }
+        let entered = if let Some(entered) = entered {
+            entered
+        } else {
+            let mut claimed = Coverage::empty(g.blocks_in(idx));
+            blocks.for_each(|block| claimed.insert(block));
+            create(held, idx, claimed, end)?
         };
         self.view.pieces.lock().push(Piece {
             end,
