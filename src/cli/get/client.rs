@@ -10,7 +10,9 @@
 //! often signed and expire, so a 403 from a remembered one sends that request back to the URL that the user
 //! gave; a 403 from there is final.
 
+use std::error::Error;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
@@ -640,17 +642,14 @@ impl Client {
 
     /// A request that got no response. A certificate that is not accepted stays so.
     fn broken(&self, error: &hyper_util::client::legacy::Error) -> Trouble {
-        let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
-        while let Some(cause) = source {
-            if let Some(io) = cause.downcast_ref::<std::io::Error>()
-                && io.kind() == std::io::ErrorKind::InvalidData
-            {
-                let what = format!("{}: the TLS handshake failed: {}", self.name(), chain(io));
-                return GetError::Unavailable(what).into();
-            }
-            source = cause.source();
+        // The outermost message only says at which stage.
+        let cause = error.source().unwrap_or(error);
+        if is_tls_failure(error) {
+            let what = chain(cause);
+            return GetError::Unavailable(format!("{}: no TLS connection: {what}", self.name()))
+                .into();
         }
-        Trouble::passing(chain(error))
+        Trouble::passing(chain(cause))
     }
 
     /// Waits until another try makes sense.
@@ -726,6 +725,17 @@ fn pool() -> hyper_util::client::legacy::Builder {
         .http1_max_buf_size(READ_BUFFER)
         .pool_timer(TokioTimer::new());
     builder
+}
+
+/// rustls reports what the peer did wrong as an `InvalidData` I/O error, which its users wrap in others; and an I/O error's
+/// `source` is its content's source, not its content.
+fn is_tls_failure(error: &(dyn Error + 'static)) -> bool {
+    let io = error.downcast_ref::<io::Error>();
+    io.is_some_and(|io| io.kind() == io::ErrorKind::InvalidData)
+        || io
+            .and_then(io::Error::get_ref)
+            .is_some_and(|inner| is_tls_failure(inner))
+        || error.source().is_some_and(is_tls_failure)
 }
 
 /// Up to `most`, evenly. Not secret, so the standard library's hash keys are random enough.
@@ -870,6 +880,15 @@ mod tests {
             .iter()
             .map(|v| (name.clone(), HeaderValue::from_str(v).unwrap()))
             .collect()
+    }
+
+    #[test]
+    fn a_tls_failure_is_found_however_deep() {
+        let tls = io::Error::new(io::ErrorKind::InvalidData, "certificate");
+        assert!(is_tls_failure(&io::Error::other(io::Error::other(tls))));
+        assert!(!is_tls_failure(&io::Error::other(io::Error::from(
+            io::ErrorKind::ConnectionReset
+        ))));
     }
 
     #[test]

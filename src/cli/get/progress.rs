@@ -124,7 +124,7 @@ impl Console {
                 String::new()
             },
             summary.verified.map_or_else(
-                || "length checked (the server sent no checksum)".to_owned(),
+                || "the server sent no checksum".to_owned(),
                 |name| format!("{name} verified")
             ),
         ));
