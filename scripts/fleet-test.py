@@ -1,6 +1,6 @@
 """Downloads from a fleet while the object is overwritten all the time: nobody may get a mixed file.
 
-    cargo build --release && python3 tests/fleet --binary target/release/pinrange
+    cargo build --release && python3 scripts/fleet-test.py --pinrange target/release/pinrange
 
 Three replicas behind HAProxy (deploy/haproxy.cfg) in front of Garage. The object is overwritten as often as asked, or as
 fast as Garage takes it, first at --fast, then at --slow. Meanwhile four kinds of clients download it, each again and
@@ -10,8 +10,9 @@ pinned one; `pinrange get` must also get through while the object changes slowly
 Needs Python 3.11 or newer, and garage (2.3 or newer), haproxy, aria2c and curl on PATH; no Python packages. Ends with 0 if all
 promises were kept, 1 if not, 2 if the run itself could not be made.
 
+    --quick               64 MiB, 10 s fast and 25 s slow, as in CI
     --direct              the clients straight at Garage: what the fleet has to stand comparison with
-    --unpinned-control    aria2c without a pin: the run succeeds only if a mixed file was made and found
+    --unpinned-control    clients without pins: the run succeeds only if a mixed file was made and found
 """
 
 import argparse
@@ -26,9 +27,7 @@ import sys
 import tempfile
 import time
 
-import clients
-import revisions
-import stack
+from fleet import clients, revisions, stack
 
 
 def main():
@@ -61,10 +60,8 @@ def give_up(signum, _frame):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        prog="python3 tests/fleet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--binary", help="the pinrange program, for the replicas and for `get`")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pinrange", metavar="PROGRAM", help="the pinrange program, for the replicas and for `get`")
     parser.add_argument("--size", type=size, default="256MiB", help="of the object; a multiple of 8MiB [256MiB]")
     parser.add_argument("--fast", type=float, default=0.2, metavar="S", help="first overwritten every S seconds [0.2]")
     parser.add_argument("--fast-for", type=float, default=30, metavar="S", help="for so long [30]")
@@ -76,13 +73,16 @@ def arguments():
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     parser.add_argument("--direct", action="store_true", help="without pinrange")
     parser.add_argument("--unpinned-control", action="store_true", help="check that a mixed file is found")
+    parser.add_argument("--quick", action="store_true", help="small and short, as in CI; other options still count")
+    if "--quick" in sys.argv:
+        parser.set_defaults(size=64 << 20, fast_for=10, slow_for=25)
     options = parser.parse_args()
     if options.size % (8 << 20):
         parser.error("--size must be a multiple of 8MiB")
-    if not options.direct and not options.binary:
-        parser.error("--binary is needed, or --direct")
-    if options.binary:
-        options.binary = str(pathlib.Path(options.binary).resolve(strict=True))
+    if not options.direct and not options.pinrange:
+        parser.error("--pinrange is needed, or --direct")
+    if options.pinrange:
+        options.pinrange = str(pathlib.Path(options.pinrange).resolve(strict=True))
     return options
 
 
@@ -102,15 +102,15 @@ def run(options, directory):
             garage.publish()
             fleet, address = None, ("localhost", garage.web_port, f"/{stack.OBJECT}")
         else:
-            fleet = stack.Fleet(processes, directory, options.binary, garage, options.size, options.capacity)
+            fleet = stack.Fleet(processes, directory, options.pinrange, garage, options.size, options.capacity)
             address = ("127.0.0.1", fleet.port, f"/{stack.BUCKET}/{stack.OBJECT}")
 
         kinds = [clients.Aria2, clients.Ranges, clients.Curl]
-        if options.binary:
-            clients.Get.binary = options.binary
+        if options.pinrange:
+            clients.Get.binary = options.pinrange
             kinds.insert(0, clients.Get)
         if options.unpinned_control:
-            kinds = [clients.UnpinnedAria2]
+            kinds = [clients.UnpinnedAria2, clients.UnpinnedRanges]
         now = {"phase": "fast"}
         crowd = [kind(*address, directory, uploads, lambda: now["phase"]) for kind in kinds]
         phases = []
