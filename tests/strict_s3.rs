@@ -21,12 +21,12 @@ const KEY: &str = "dir/file.bin";
 const MD5_OF_HELLO: &str = "\"5d41402abc4b2a76b9719d911017c592\"";
 
 async fn start() -> StrictS3 {
-    StrictS3::start(Options::memory(["b"])).await.unwrap()
+    StrictS3::start(Options::memory(["bkt"])).await.unwrap()
 }
 
 fn put(server: &StrictS3, bytes: &[u8]) -> String {
     server
-        .put("b", KEY, bytes.to_vec(), PutOptions::default())
+        .put("bkt", KEY, bytes.to_vec(), PutOptions::default())
         .unwrap()
         .etag
 }
@@ -37,6 +37,7 @@ fn sdk(server: &StrictS3, secret: &str) -> aws_sdk_s3::Client {
         .region(Region::new("us-east-1"))
         .endpoint_url(server.endpoint())
         .force_path_style(true)
+        .http_client(aws_smithy_http_client::Builder::new().build_http())
         .credentials_provider(SdkCredentials::new("key", secret, None, None, "test"))
         .retry_config(aws_sdk_s3::config::retry::RetryConfig::disabled())
         .build();
@@ -135,7 +136,7 @@ async fn read_raw(stream: &mut TcpStream) -> Raw {
 }
 
 async fn get(server: &StrictS3, fields: &[(&str, &str)]) -> Raw {
-    raw(server, "GET", &format!("/b/{KEY}"), fields).await
+    raw(server, "GET", &format!("/bkt/{KEY}"), fields).await
 }
 
 #[tokio::test]
@@ -151,9 +152,9 @@ async fn a_read_has_s3s_headers() {
         metadata: [("color".to_owned(), "red".to_owned())].into(),
         last_modified: Some(std::time::UNIX_EPOCH + Duration::from_secs(784_111_777)),
     };
-    server.put("b", KEY, "hello", options).unwrap();
+    server.put("bkt", KEY, "hello", options).unwrap();
     for method in ["GET", "HEAD"] {
-        let answer = raw(&server, method, &format!("/b/{KEY}"), &[]).await;
+        let answer = raw(&server, method, &format!("/bkt/{KEY}"), &[]).await;
         assert_eq!(answer.status, 200);
         for (name, value) in [
             ("etag", MD5_OF_HELLO),
@@ -206,7 +207,7 @@ async fn conditions_are_enforced() {
         200
     );
     assert_eq!(
-        raw(&server, "HEAD", "/b/dir/file.bin", &[("if-match", "x")])
+        raw(&server, "HEAD", "/bkt/dir/file.bin", &[("if-match", "x")])
             .await
             .status,
         412
@@ -216,7 +217,7 @@ async fn conditions_are_enforced() {
     assert_eq!((unmodified.status, unmodified.body.len()), (304, 0));
     assert_eq!(unmodified.field("etag"), Some(etag.as_str()));
 
-    let absent = raw(&server, "GET", "/b/absent", &[("if-match", &etag)]).await;
+    let absent = raw(&server, "GET", "/bkt/absent", &[("if-match", &etag)]).await;
     assert_eq!(absent.status, 404);
     assert!(
         absent.text().contains("<Code>NoSuchKey</Code>"),
@@ -295,7 +296,7 @@ async fn the_sdk_reads_writes_lists_and_deletes() {
     // The SDK uploads this in signed chunks with a checksum behind them.
     let stored = client
         .put_object()
-        .bucket("b")
+        .bucket("bkt")
         .key(KEY)
         .content_type("text/x-pattern")
         .metadata("color", "red")
@@ -307,7 +308,7 @@ async fn the_sdk_reads_writes_lists_and_deletes() {
 
     let got = client
         .get_object()
-        .bucket("b")
+        .bucket("bkt")
         .key(KEY)
         .if_match(&etag)
         .send()
@@ -320,7 +321,7 @@ async fn the_sdk_reads_writes_lists_and_deletes() {
 
     let refused = client
         .get_object()
-        .bucket("b")
+        .bucket("bkt")
         .key(KEY)
         .if_match("\"x\"")
         .send()
@@ -329,7 +330,7 @@ async fn the_sdk_reads_writes_lists_and_deletes() {
 
     let again = client
         .put_object()
-        .bucket("b")
+        .bucket("bkt")
         .key(KEY)
         .if_none_match("*")
         .send()
@@ -339,7 +340,7 @@ async fn the_sdk_reads_writes_lists_and_deletes() {
     for key in ["dir/a", "dir/sub/b", "z"] {
         client
             .put_object()
-            .bucket("b")
+            .bucket("bkt")
             .key(key)
             .send()
             .await
@@ -347,7 +348,7 @@ async fn the_sdk_reads_writes_lists_and_deletes() {
     }
     let page = client
         .list_objects_v2()
-        .bucket("b")
+        .bucket("bkt")
         .delimiter("/")
         .prefix("dir/")
         .max_keys(2);
@@ -367,28 +368,28 @@ async fn the_sdk_reads_writes_lists_and_deletes() {
 
     client
         .delete_object()
-        .bucket("b")
+        .bucket("bkt")
         .key(KEY)
         .send()
         .await
         .unwrap();
     let gone = client
         .get_object()
-        .bucket("b")
+        .bucket("bkt")
         .key(KEY)
         .send()
         .await
         .unwrap_err();
     assert_eq!(gone.code(), Some("NoSuchKey"));
-    client.head_bucket().bucket("b").send().await.unwrap();
+    client.head_bucket().bucket("bkt").send().await.unwrap();
     client
         .get_bucket_location()
-        .bucket("b")
+        .bucket("bkt")
         .send()
         .await
         .unwrap();
     let buckets = client.list_buckets().send().await.unwrap();
-    assert_eq!(buckets.buckets()[0].name(), Some("b"));
+    assert_eq!(buckets.buckets()[0].name(), Some("bkt"));
 }
 
 #[tokio::test]
@@ -403,7 +404,7 @@ async fn signatures_are_checked_where_there_are_credentials() {
     );
     let options = Options {
         credentials: Some(credentials),
-        ..Options::memory(["b"])
+        ..Options::memory(["bkt"])
     };
     let server = StrictS3::start(options).await.unwrap();
     put(&server, b"hello");
@@ -412,7 +413,7 @@ async fn signatures_are_checked_where_there_are_credentials() {
     let body = ByteStream::from_static(b"hello");
     right
         .put_object()
-        .bucket("b")
+        .bucket("bkt")
         .key("k")
         .body(body)
         .send()
@@ -420,7 +421,7 @@ async fn signatures_are_checked_where_there_are_credentials() {
         .unwrap();
     let got = right
         .get_object()
-        .bucket("b")
+        .bucket("bkt")
         .key("k")
         .range("bytes=1-2")
         .send()
@@ -430,7 +431,7 @@ async fn signatures_are_checked_where_there_are_credentials() {
 
     let wrong = sdk(&server, "wrong")
         .get_object()
-        .bucket("b")
+        .bucket("bkt")
         .key(KEY)
         .send()
         .await;
@@ -450,7 +451,7 @@ async fn multipart_uploads_have_s3s_etag() {
     let client = sdk(&server, "s");
     let created = client
         .create_multipart_upload()
-        .bucket("b")
+        .bucket("bkt")
         .key(KEY)
         .send()
         .await
@@ -461,7 +462,7 @@ async fn multipart_uploads_have_s3s_etag() {
     for (number, bytes) in (1..).zip([&body[..5 * 1024 * 1024], &body[5 * 1024 * 1024..]]) {
         let part = client
             .upload_part()
-            .bucket("b")
+            .bucket("bkt")
             .key(KEY)
             .upload_id(id)
             .part_number(number)
@@ -483,7 +484,7 @@ async fn multipart_uploads_have_s3s_etag() {
             .build();
         client
             .complete_multipart_upload()
-            .bucket("b")
+            .bucket("bkt")
             .key(KEY)
             .upload_id(id)
             .multipart_upload(upload)
@@ -504,7 +505,7 @@ async fn multipart_uploads_have_s3s_etag() {
 
     let got = client
         .get_object()
-        .bucket("b")
+        .bucket("bkt")
         .key(KEY)
         .send()
         .await
@@ -514,7 +515,7 @@ async fn multipart_uploads_have_s3s_etag() {
 
     let aborted = client
         .create_multipart_upload()
-        .bucket("b")
+        .bucket("bkt")
         .key("k")
         .send()
         .await
@@ -522,7 +523,7 @@ async fn multipart_uploads_have_s3s_etag() {
     let id = aborted.upload_id().unwrap();
     let abort = client
         .abort_multipart_upload()
-        .bucket("b")
+        .bucket("bkt")
         .key("k")
         .upload_id(id);
     abort.clone().send().await.unwrap();
@@ -531,18 +532,18 @@ async fn multipart_uploads_have_s3s_etag() {
 
 #[tokio::test]
 async fn versions_outlive_overwrites_and_deletes() {
-    let server = StrictS3::start(Options::versioned(["b"])).await.unwrap();
+    let server = StrictS3::start(Options::versioned(["bkt"])).await.unwrap();
     let old = server
-        .put("b", KEY, "old", PutOptions::default())
+        .put("bkt", KEY, "old", PutOptions::default())
         .unwrap()
         .version_id
         .unwrap();
     let new = server
-        .put("b", KEY, "new", PutOptions::default())
+        .put("bkt", KEY, "new", PutOptions::default())
         .unwrap()
         .version_id
         .unwrap();
-    let version = |id: &str| format!("/b/{KEY}?versionId={id}");
+    let version = |id: &str| format!("/bkt/{KEY}?versionId={id}");
 
     let current = get(&server, &[]).await;
     assert_eq!(
@@ -567,7 +568,7 @@ async fn versions_outlive_overwrites_and_deletes() {
         absent.text()
     );
 
-    let deleted = raw(&server, "DELETE", &format!("/b/{KEY}"), &[]).await;
+    let deleted = raw(&server, "DELETE", &format!("/bkt/{KEY}"), &[]).await;
     let marker = deleted.field("x-amz-version-id").unwrap().to_owned();
     assert_eq!(deleted.field("x-amz-delete-marker"), Some("true"));
     let gone = get(&server, &[]).await;
@@ -594,8 +595,8 @@ async fn the_log_counts_what_was_asked_and_sent() {
     get(&server, &[]).await;
     get(&server, &[("if-match", &etag), ("range", "bytes=100-299")]).await;
     get(&server, &[("if-match", "*")]).await;
-    raw(&server, "GET", &format!("/b/{KEY}?versionId=null"), &[]).await;
-    raw(&server, "HEAD", &format!("/b/{KEY}"), &[]).await;
+    raw(&server, "GET", &format!("/bkt/{KEY}?versionId=null"), &[]).await;
+    raw(&server, "HEAD", &format!("/bkt/{KEY}"), &[]).await;
     get(&server, &[("if-match", "\"x\"")]).await;
 
     let stats = server.stats();
@@ -613,7 +614,7 @@ async fn the_log_counts_what_was_asked_and_sent() {
     );
     assert_eq!(
         (log[1].op, log[1].bucket.as_str(), log[1].key.as_str()),
-        (Op::Get, "b", KEY)
+        (Op::Get, "bkt", KEY)
     );
     assert_eq!(log[1].range.as_deref(), Some("bytes=100-299"));
     assert_eq!(log[1].if_match.as_deref(), Some(etag.as_str()));
@@ -630,7 +631,7 @@ async fn the_log_counts_what_was_asked_and_sent() {
 async fn the_log_is_a_ring() {
     let options = Options {
         log_capacity: 2,
-        ..Options::memory(["b"])
+        ..Options::memory(["bkt"])
     };
     let server = StrictS3::start(options).await.unwrap();
     for _ in 0..5 {
@@ -675,7 +676,7 @@ async fn a_reset_waits_for_a_client_that_reads_late() {
     put(&server, &body);
     server.script(Fault::new(Effect::ResetAfter { bytes: 12_000_000 }));
     let mut stream = TcpStream::connect(server.address()).await.unwrap();
-    let request = format!("GET /b/{KEY} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    let request = format!("GET /bkt/{KEY} HTTP/1.1\r\nhost: localhost\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     server
         .wait_for_log(|log| log.iter().any(|entry| entry.body_bytes > 0))
@@ -691,7 +692,7 @@ async fn a_reset_of_an_empty_object_and_of_a_head_comes_after_the_head() {
     put(&server, b"");
     for method in ["GET", "HEAD"] {
         server.script(Fault::new(Effect::ResetAfter { bytes: 0 }));
-        let answer = raw(&server, method, &format!("/b/{KEY}"), &[]).await;
+        let answer = raw(&server, method, &format!("/bkt/{KEY}"), &[]).await;
         assert_eq!(
             (answer.status, answer.end),
             (200, Err(ErrorKind::ConnectionReset))
@@ -766,7 +767,7 @@ async fn refusals_are_s3s() {
     );
     let denied = sdk(&server, "s")
         .get_object()
-        .bucket("b")
+        .bucket("bkt")
         .key(KEY)
         .send()
         .await
@@ -784,7 +785,8 @@ async fn a_stalled_body_goes_on_when_it_is_released() {
         duration: None,
     }));
     let mut stream = TcpStream::connect(server.address()).await.unwrap();
-    let request = format!("GET /b/{KEY} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+    let request =
+        format!("GET /bkt/{KEY} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     server
         .wait_for_log(|log| log.iter().any(|entry| entry.body_bytes == 10_000))
@@ -852,7 +854,7 @@ async fn objects_change_between_any_two_requests() {
     let server = start().await;
     let first = put(&server, b"first");
     let swap = |bytes: &'static str| Mutation::Put {
-        bucket: "b".to_owned(),
+        bucket: "bkt".to_owned(),
         key: KEY.to_owned(),
         bytes: Bytes::from_static(bytes.as_bytes()),
         options: PutOptions::default(),
@@ -877,7 +879,7 @@ async fn objects_change_between_any_two_requests() {
     server.on_request(None);
 
     let delete = Mutation::Delete {
-        bucket: "b".to_owned(),
+        bucket: "bkt".to_owned(),
         key: KEY.to_owned(),
     };
     server.script(Fault::new(Effect::Before(delete)));
@@ -904,7 +906,7 @@ async fn an_outage_resets_and_refuses_until_it_is_over() {
         duration: None,
     }));
     let mut stream = TcpStream::connect(server.address()).await.unwrap();
-    let request = format!("GET /b/{KEY} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    let request = format!("GET /bkt/{KEY} HTTP/1.1\r\nhost: localhost\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
     server
         .wait_for_log(|log| log.iter().any(|entry| entry.body_bytes == 1000))
@@ -938,7 +940,7 @@ mod directory {
     use super::*;
 
     async fn serve(root: &std::path::Path) -> StrictS3 {
-        StrictS3::start(Options::directory("b", root))
+        StrictS3::start(Options::directory("bkt", root))
             .await
             .unwrap()
     }
@@ -985,7 +987,7 @@ mod directory {
         for change in 0..5 {
             body[1000] = change;
             std::fs::write(&file, &body).unwrap();
-            let answer = raw(&server, "HEAD", &format!("/b/{KEY}"), &[]).await;
+            let answer = raw(&server, "HEAD", &format!("/bkt/{KEY}"), &[]).await;
             assert!(
                 seen.insert(answer.field("etag").unwrap().to_owned()),
                 "{seen:?}"
@@ -1008,7 +1010,7 @@ mod directory {
             duration: None,
         }));
         let mut stream = TcpStream::connect(server.address()).await.unwrap();
-        let request = format!("GET /b/{KEY} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+        let request = format!("GET /bkt/{KEY} HTTP/1.1\r\nhost: localhost\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         server
             .wait_for_log(|log| log.iter().any(|entry| entry.body_bytes == 300_000))
@@ -1029,7 +1031,7 @@ mod directory {
         let store = |body: Vec<u8>| {
             client
                 .put_object()
-                .bucket("b")
+                .bucket("bkt")
                 .key(KEY)
                 .body(ByteStream::from(body))
                 .send()
@@ -1049,7 +1051,7 @@ mod directory {
         );
         let mut stream = TcpStream::connect(server.address()).await.unwrap();
         let request =
-            format!("GET /b/{KEY} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+            format!("GET /bkt/{KEY} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         server
             .wait_for_log(|log| log.iter().any(|entry| entry.body_bytes == 300_000))
@@ -1083,10 +1085,10 @@ mod directory {
             "/inside",
             "./inside",
         ] {
-            let answer = raw(&server, "GET", &format!("/b/{key}"), &[]).await;
+            let answer = raw(&server, "GET", &format!("/bkt/{key}"), &[]).await;
             assert_eq!(answer.status, 404, "{key}: {}", answer.text());
         }
-        assert_eq!(raw(&server, "GET", "/b/good", &[]).await.text(), "inside");
+        assert_eq!(raw(&server, "GET", "/bkt/good", &[]).await.text(), "inside");
         for key in [
             "up/new",
             "../new",
@@ -1095,17 +1097,17 @@ mod directory {
             ".pinrange-s3/x",
             "new/",
         ] {
-            let answer = raw_with_body(&server, "PUT", &format!("/b/{key}"), &[], b"x").await;
+            let answer = raw_with_body(&server, "PUT", &format!("/bkt/{key}"), &[], b"x").await;
             assert_eq!(answer.status, 400, "{key}: {}", answer.text());
         }
         assert_eq!(
-            raw(&server, "DELETE", "/b/up/secret", &[]).await.status,
+            raw(&server, "DELETE", "/bkt/up/secret", &[]).await.status,
             204
         );
         assert!(outside.path().join("secret").exists());
         assert!(!outside.path().join("new").exists());
 
-        let listed = raw(&server, "GET", "/b?list-type=2", &[]).await.text();
+        let listed = raw(&server, "GET", "/bkt?list-type=2", &[]).await.text();
         assert!(listed.contains("<Key>good</Key>") && listed.contains("<Key>inside</Key>"));
         assert!(
             !listed.contains("link") && !listed.contains("absolute"),
@@ -1121,7 +1123,7 @@ mod directory {
         let body = pattern(5 * 1024 * 1024 + 3);
         let created = client
             .create_multipart_upload()
-            .bucket("b")
+            .bucket("bkt")
             .key(KEY)
             .send()
             .await
@@ -1129,7 +1131,7 @@ mod directory {
         let id = created.upload_id().unwrap();
         let mut parts = Vec::new();
         for (number, bytes) in (1..).zip([&body[..5 * 1024 * 1024], &body[5 * 1024 * 1024..]]) {
-            let part = client.upload_part().bucket("b").key(KEY).upload_id(id);
+            let part = client.upload_part().bucket("bkt").key(KEY).upload_id(id);
             let part = part
                 .part_number(number)
                 .body(ByteStream::from(bytes.to_vec()));
@@ -1147,14 +1149,14 @@ mod directory {
             .build();
         let complete = client
             .complete_multipart_upload()
-            .bucket("b")
+            .bucket("bkt")
             .key(KEY)
             .upload_id(id);
         let etag = complete.multipart_upload(upload).send().await.unwrap();
         assert_eq!(std::fs::read(root.path().join(KEY)).unwrap(), body);
         let head = client
             .head_object()
-            .bucket("b")
+            .bucket("bkt")
             .key(KEY)
             .send()
             .await
@@ -1163,7 +1165,7 @@ mod directory {
 
         let again = client
             .put_object()
-            .bucket("b")
+            .bucket("bkt")
             .key(KEY)
             .if_none_match("*")
             .send()
@@ -1171,7 +1173,7 @@ mod directory {
         assert_eq!(again.unwrap_err().code(), Some("PreconditionFailed"));
         client
             .put_object()
-            .bucket("b")
+            .bucket("bkt")
             .key(KEY)
             .if_match(etag.e_tag().unwrap())
             .send()
@@ -1179,7 +1181,7 @@ mod directory {
             .unwrap();
         let stale = client
             .put_object()
-            .bucket("b")
+            .bucket("bkt")
             .key(KEY)
             .if_match("\"x\"")
             .send()
@@ -1187,7 +1189,7 @@ mod directory {
         assert_eq!(stale.unwrap_err().code(), Some("PreconditionFailed"));
         let folded = client
             .list_objects_v2()
-            .bucket("b")
+            .bucket("bkt")
             .delimiter("/")
             .send()
             .await
@@ -1195,7 +1197,7 @@ mod directory {
         assert_eq!(folded.common_prefixes()[0].prefix(), Some("dir/"));
         client
             .delete_object()
-            .bucket("b")
+            .bucket("bkt")
             .key(KEY)
             .send()
             .await

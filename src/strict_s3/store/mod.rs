@@ -299,6 +299,20 @@ enum Kind {
 
 impl Store {
     pub(super) fn open(backing: Backing) -> io::Result<Self> {
+        let names = match &backing {
+            Backing::Memory { buckets, .. } => buckets.as_slice(),
+            Backing::Directory { bucket, .. } => std::slice::from_ref(bucket),
+        };
+        if let Some(bad) = names
+            .iter()
+            .find(|name| !s3s::path::check_bucket_name(name))
+        {
+            // `s3s` would answer every request for it with 400.
+            let message = format!(
+                "{bad:?} is no bucket name: it takes 3 to 63 lower-case letters, digits, dots and hyphens"
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
         let kind = match backing {
             Backing::Memory { buckets, versioned } => {
                 Kind::Memory(MemoryStore::new(buckets, versioned))
