@@ -44,7 +44,8 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use crate::disk::{
-    BlockWriter, DiskError, DiskTier, FileExtent, HeldRevision, Lookup, PurgeTarget, Reservation, WriterView,
+    BlockWriter, DiskError, DiskTier, FileExtent, HeldRevision, Lookup, PurgeTarget, Reservation,
+    WriterView,
 };
 use crate::object::{Representation, Revision};
 use crate::remote::{Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead};
@@ -79,7 +80,10 @@ impl FillSource {
         Guard {
             key: self.revision.key.key().into(),
             validator: self.revision.validator.clone(),
-            version_id: self.known.as_ref().and_then(|known| known.version_id.clone()),
+            version_id: self
+                .known
+                .as_ref()
+                .and_then(|known| known.version_id.clone()),
             size: self.known.as_ref().map(|known| known.size),
         }
     }
@@ -111,7 +115,10 @@ pub struct Span {
 
 impl From<ByteRange> for Span {
     fn from(range: ByteRange) -> Self {
-        Self { start: range.start(), end: range.end() }
+        Self {
+            start: range.start(),
+            end: range.end(),
+        }
     }
 }
 
@@ -211,7 +218,10 @@ impl Follow {
                 Phase::Done => return Ok(None),
                 Phase::Failed(error) => return Err(error.clone()),
             }
-            self.phase.changed().await.map_err(|_closed| FillError::Stopped)?;
+            self.phase
+                .changed()
+                .await
+                .map_err(|_closed| FillError::Stopped)?;
         }
     }
 }
@@ -278,7 +288,10 @@ impl Filler {
         let end = want.end.min(size);
         let flights = revisions.entry(source.revision.clone()).or_default();
         while offset < end && follows.len() < most {
-            let under_way = flights.range(..=offset).next_back().map(|(_, flight)| flight);
+            let under_way = flights
+                .range(..=offset)
+                .next_back()
+                .map(|(_, flight)| flight);
             if let Some(flight) = under_way.filter(|flight| flight.span.end > offset) {
                 follows.push(Follow::new(flight, &self.metrics, true));
                 offset = flight.span.end;
@@ -298,9 +311,18 @@ impl Filler {
                     Some(gap) => gap,
                 },
             };
-            let next_flight = flights.range(offset..).next().map_or(u64::MAX, |(start, _)| *start);
-            let span = self.part_at(Span { start: offset, end: gap.end().min(next_flight) });
-            let span = Span { start: span.start, end: span.end.min(size) };
+            let next_flight = flights
+                .range(offset..)
+                .next()
+                .map_or(u64::MAX, |(start, _)| *start);
+            let span = self.part_at(Span {
+                start: offset,
+                end: gap.end().min(next_flight),
+            });
+            let span = Span {
+                start: span.start,
+                end: span.end.min(size),
+            };
             debug_assert!(span.start.is_multiple_of(block) && span.start <= offset);
             let flight = self.launch(source.clone(), span, None);
             follows.push(Follow::new(&flight, &self.metrics, false));
@@ -321,14 +343,19 @@ impl Filler {
         let block = self.block().get();
         // A suffix read begins in the middle of a block; the part before the first whole one is
         // not kept.
-        let span = Span { start: range.start().next_multiple_of(block), end: range.end() };
+        let span = Span {
+            start: range.start().next_multiple_of(block),
+            end: range.end(),
+        };
         if span.start >= span.end {
             return None;
         }
         let mut revisions = self.revisions.lock();
         let flights = revisions.entry(source.revision.clone()).or_default();
-        let overlaps =
-            flights.range(..span.end).next_back().is_some_and(|(_, other)| other.span.end > span.start);
+        let overlaps = flights
+            .range(..span.end)
+            .next_back()
+            .is_some_and(|(_, other)| other.span.end > span.start);
         if overlaps {
             return None;
         }
@@ -387,7 +414,11 @@ impl Filler {
             purged: AtomicBool::new(false),
             queued: AtomicU64::new(0),
         });
-        let task = Task { filler: Arc::clone(self), source, flight: Arc::clone(&flight) };
+        let task = Task {
+            filler: Arc::clone(self),
+            source,
+            flight: Arc::clone(&flight),
+        };
         let fill_span = tracing::debug_span!(
             parent: None, "fill", key = task.source.revision.key.key(), start = span.start, end = span.end
         );
@@ -402,7 +433,10 @@ impl Filler {
         {
             let mut revisions = self.revisions.lock();
             if let Some(flights) = revisions.get_mut(revision) {
-                if flights.get(&flight.span.start).is_some_and(|there| Arc::ptr_eq(there, flight)) {
+                if flights
+                    .get(&flight.span.start)
+                    .is_some_and(|there| Arc::ptr_eq(there, flight))
+                {
                     flights.remove(&flight.span.start);
                 }
                 if flights.is_empty() {
@@ -452,7 +486,9 @@ impl Task {
         let length = span.end - span.start;
         let asked = Instant::now();
         let permits = u32::try_from(length.div_ceil(PERMIT)).unwrap_or(u32::MAX);
-        let most = u32::try_from(self.filler.settings.budget / PERMIT).unwrap_or(u32::MAX).max(1);
+        let most = u32::try_from(self.filler.settings.budget / PERMIT)
+            .unwrap_or(u32::MAX)
+            .max(1);
         let _permit = self
             .filler
             .budget
@@ -484,7 +520,10 @@ impl Task {
         let end = span.end.min(read.representation.size);
 
         loop {
-            let error = match self.copy(&mut read, &mut writer, &mut answered, end).await? {
+            let error = match self
+                .copy(&mut read, &mut writer, &mut answered, end)
+                .await?
+            {
                 None => return Ok(()),
                 Some(error) => error,
             };
@@ -492,7 +531,10 @@ impl Task {
             let mut error = error;
             read = loop {
                 retries.again(self, error).await?;
-                let rest = Span { start: answered.view.cursor(), end };
+                let rest = Span {
+                    start: answered.view.cursor(),
+                    end,
+                };
                 match self.read(&guard, rest).await {
                     Ok(read) => break read,
                     Err(again) => error = again,
@@ -502,8 +544,16 @@ impl Task {
     }
 
     async fn read(&self, guard: &Guard, span: Span) -> Result<RemoteRead, RemoteError> {
-        let want = RangeSpec::Closed { first: span.start, last: span.end - 1 };
-        timed_read(&self.filler.metrics, "read", self.source.remote.read(guard, want)).await
+        let want = RangeSpec::Closed {
+            first: span.start,
+            last: span.end - 1,
+        };
+        timed_read(
+            &self.filler.metrics,
+            "read",
+            self.source.remote.read(guard, want),
+        )
+        .await
     }
 
     /// Registers the revision under the validator that came with these bytes (P2) and opens a writer.
@@ -516,7 +566,12 @@ impl Task {
             return Err(FillError::Stopped);
         }
         let key = &self.source.revision.key;
-        let held = self.filler.disk.admit(key, representation).await.map_err(disk)?;
+        let held = self
+            .filler
+            .disk
+            .admit(key, representation)
+            .await
+            .map_err(disk)?;
         if self.flight.purged.load(Ordering::Acquire) {
             // Purged between the look and the deed: undo.
             let target = PurgeTarget::Key(key.clone());
@@ -527,14 +582,21 @@ impl Task {
         let range = ByteRange::from_bounds(span.start, span.end.min(representation.size))
             .ok_or_else(|| {
                 FillError::Remote(RemoteError::new(
-                    RemoteErrorKind::Unsatisfiable { size: Some(representation.size) },
+                    RemoteErrorKind::Unsatisfiable {
+                        size: Some(representation.size),
+                    },
                     "read",
                     "the object ends before the range",
                 ))
             })?;
         let writer = held.writer(range, reservation).await.map_err(disk)?;
-        let answered = Answered { held, view: writer.view() };
-        self.flight.phase.send_replace(Phase::Answered(answered.clone()));
+        let answered = Answered {
+            held,
+            view: writer.view(),
+        };
+        self.flight
+            .phase
+            .send_replace(Phase::Answered(answered.clone()));
         Ok((answered, writer))
     }
 
@@ -547,9 +609,9 @@ impl Task {
         end: u64,
     ) -> Result<Option<RemoteError>, FillError> {
         // Only a suffix read begins before the cursor.
-        let mut skip = read
-            .range
-            .map_or(0, |range| answered.view.cursor().saturating_sub(range.start()));
+        let mut skip = read.range.map_or(0, |range| {
+            answered.view.cursor().saturating_sub(range.start())
+        });
         let mut body = (&mut read.body).ready_chunks(FRAMES_AT_ONCE);
         while answered.view.cursor() < end {
             let Some(frames) = body.next().await else {
@@ -567,7 +629,9 @@ impl Task {
                     Ok(mut bytes) => {
                         received += bytes.len() as u64;
                         let drop_now = skip.min(bytes.len() as u64);
-                        bytes.advance(usize::try_from(drop_now).expect("at most the frame's length"));
+                        bytes.advance(
+                            usize::try_from(drop_now).expect("at most the frame's length"),
+                        );
                         skip -= drop_now;
                         if !bytes.is_empty() {
                             chunks.push(bytes);
@@ -608,7 +672,9 @@ pub async fn timed_read<T>(
 ) -> Result<T, RemoteError> {
     let started = Instant::now();
     let result = call.await;
-    let label = result.as_ref().map_or_else(|error| error.kind.label(), |_| "ok");
+    let label = result
+        .as_ref()
+        .map_or_else(|error| error.kind.label(), |_| "ok");
     metrics.remote_request(op, label, started.elapsed());
     result
 }
@@ -622,7 +688,10 @@ pub struct Retries {
 impl Retries {
     /// `left` more attempts.
     pub fn new(left: u32) -> Self {
-        Self { left, pause: FIRST_PAUSE }
+        Self {
+            left,
+            pause: FIRST_PAUSE,
+        }
     }
 
     /// Waits before the next attempt, or says that there is none: the error cannot be mended by a
@@ -636,7 +705,11 @@ impl Retries {
             RemoteErrorKind::Throttled { retry_after } => retry_after.unwrap_or_default(),
             _ => Duration::ZERO,
         };
-        tracing::debug!(error = &error as &dyn std::error::Error, left = self.left, "trying again");
+        tracing::debug!(
+            error = &error as &dyn std::error::Error,
+            left = self.left,
+            "trying again"
+        );
         // An S3 that asks for more than this gets its peace: the client is told to come back.
         if asked_for > LONGEST_PAUSE {
             return Err(error);

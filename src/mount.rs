@@ -50,7 +50,9 @@ pub struct Mount {
 
 impl fmt::Debug for Mount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Mount").field("path", &self.path).finish_non_exhaustive()
+        f.debug_struct("Mount")
+            .field("path", &self.path)
+            .finish_non_exhaustive()
     }
 }
 
@@ -92,7 +94,12 @@ impl Mounts {
     pub fn new(mounts: Vec<Mount>) -> Self {
         let mut mounts: Vec<_> = mounts
             .into_iter()
-            .map(|mount| (segments(&mount.path).map(str::to_owned).collect::<Vec<_>>(), Arc::new(mount)))
+            .map(|mount| {
+                (
+                    segments(&mount.path).map(str::to_owned).collect::<Vec<_>>(),
+                    Arc::new(mount),
+                )
+            })
             .collect();
         mounts.sort_by_key(|(segments, _)| std::cmp::Reverse(segments.len()));
         Self { mounts }
@@ -106,7 +113,11 @@ impl Mounts {
     /// The mount and the decoded key (without the mount's prefix) that the path of a request target names.
     pub fn resolve(&self, path: &str) -> Result<(&Arc<Mount>, String), PathError> {
         let (mount, key) = self.resolve_prefix(path)?;
-        if key.is_empty() { Err(PathError::Unknown) } else { Ok((mount, key)) }
+        if key.is_empty() {
+            Err(PathError::Unknown)
+        } else {
+            Ok((mount, key))
+        }
     }
 
     /// As [`Mounts::resolve`], but a path that ends at the mount names every key of it.
@@ -116,8 +127,9 @@ impl Mounts {
             .ok_or(PathError::Malformed)?
             .split('/')
             .map(|segment| {
-                let segment =
-                    percent_decode_str(segment).decode_utf8().map_err(|_| PathError::Malformed)?;
+                let segment = percent_decode_str(segment)
+                    .decode_utf8()
+                    .map_err(|_| PathError::Malformed)?;
                 if segment.chars().any(char::is_control) {
                     return Err(PathError::Malformed);
                 }
@@ -130,7 +142,10 @@ impl Mounts {
             .collect::<Result<Vec<_>, _>>()?;
         for (segments, mount) in &self.mounts {
             if decoded.len() > segments.len()
-                && decoded.iter().zip(segments).all(|(there, here)| there == here)
+                && decoded
+                    .iter()
+                    .zip(segments)
+                    .all(|(there, here)| there == here)
             {
                 let key = decoded[segments.len()..].join("/");
                 if mount.prefix.len() + key.len() > LONGEST_KEY {
@@ -170,7 +185,9 @@ mod tests {
     }
 
     fn resolve(mounts: &Mounts, path: &str) -> Result<(String, String), PathError> {
-        mounts.resolve(path).map(|(mount, key)| (mount.path.clone(), key))
+        mounts
+            .resolve(path)
+            .map(|(mount, key)| (mount.path.clone(), key))
     }
 
     #[test]
@@ -181,23 +198,46 @@ mod tests {
         assert_eq!(resolve(&mounts, "/a/bc"), ok("/a", "bc"));
         assert_eq!(resolve(&mounts, "/ab/c"), ok("/", "ab/c"));
         assert_eq!(resolve(&mounts, "/a/x%20y"), ok("/a", "x y"));
-        assert_eq!(resolve(&mounts, "/%61/x"), ok("/a", "x"), "an equivalent spelling");
-        assert_eq!(resolve(&mounts, "/a//x/"), ok("/a", "/x/"), "empty segments are part of the key");
+        assert_eq!(
+            resolve(&mounts, "/%61/x"),
+            ok("/a", "x"),
+            "an equivalent spelling"
+        );
+        assert_eq!(
+            resolve(&mounts, "/a//x/"),
+            ok("/a", "/x/"),
+            "empty segments are part of the key"
+        );
     }
 
     #[test]
     fn nothing_names_a_key_outside_its_mount() {
         let mounts = mounts(&["/a"]);
-        for path in ["/a/..", "/a/../b", "/a/%2e%2e/b", "/a/x%2f..%2fy", "/a/.", "/a/%2E/x"] {
+        for path in [
+            "/a/..",
+            "/a/../b",
+            "/a/%2e%2e/b",
+            "/a/x%2f..%2fy",
+            "/a/.",
+            "/a/%2E/x",
+        ] {
             assert_eq!(resolve(&mounts, path), Err(PathError::DotSegment), "{path}");
         }
-        assert_eq!(resolve(&mounts, "/a%2fb"), Err(PathError::Unknown), "%2F moves no boundary");
+        assert_eq!(
+            resolve(&mounts, "/a%2fb"),
+            Err(PathError::Unknown),
+            "%2F moves no boundary"
+        );
         assert_eq!(resolve(&mounts, "/a/%00"), Err(PathError::Malformed));
         assert_eq!(resolve(&mounts, "/a/%ff"), Err(PathError::Malformed));
         assert_eq!(resolve(&mounts, "/a"), Err(PathError::Unknown));
         assert_eq!(resolve(&mounts, "/a/"), Err(PathError::Unknown));
         assert_eq!(resolve(&mounts, "*"), Err(PathError::Malformed));
         let long = format!("/a/{}", "k".repeat(1023));
-        assert_eq!(resolve(&mounts, &long), Err(PathError::TooLong), "the prefix counts");
+        assert_eq!(
+            resolve(&mounts, &long),
+            Err(PathError::TooLong),
+            "the prefix counts"
+        );
     }
 }

@@ -36,7 +36,9 @@ use crate::mount::{ForbiddenAs, Mount};
 use crate::object::{ObjectKey, Representation, Revision, Validator};
 use crate::remote::{Remote, RemoteError, RemoteErrorKind};
 use crate::semantics::precondition::Method;
-use crate::semantics::{ByteRange, EntityTag, EntityTagList, RangeSpec, RequestHead, Verdict, evaluate};
+use crate::semantics::{
+    ByteRange, EntityTag, EntityTagList, RangeSpec, RequestHead, Verdict, evaluate,
+};
 use crate::telemetry::Metrics;
 
 use current::Keys;
@@ -93,7 +95,10 @@ impl RemoteSays {
 
 /// What to do for a pinned request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "closed: output of a total function")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: output of a total function"
+)]
 pub enum Outcome {
     /// Serve what the disk holds.
     FromDisk,
@@ -134,7 +139,10 @@ pub fn settle(disk: OnDisk, remote: RemoteSays, ask_first: bool, denied: Forbidd
 
 /// A request that is not answered with the object.
 #[derive(Clone, Debug)]
-#[expect(clippy::exhaustive_enums, reason = "closed: respond gives each a status")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: respond gives each a status"
+)]
 pub enum Refusal {
     /// No tier holds the pinned revision, and every tier could be asked.
     PinLost {
@@ -186,7 +194,10 @@ pub struct Trace {
 
 /// RFC 9211 `fwd`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "closed: RFC 9211 §2.2, as far as it is used")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: RFC 9211 §2.2, as far as it is used"
+)]
 pub enum Forwarded {
     /// Nothing of it was held.
     Miss,
@@ -251,7 +262,10 @@ struct Target<'a> {
 impl Target<'_> {
     fn source(&self, validator: Validator, known: Option<Arc<Representation>>) -> FillSource {
         FillSource {
-            revision: Revision { key: self.key.clone(), validator },
+            revision: Revision {
+                key: self.key.clone(),
+                validator,
+            },
             remote: Arc::clone(&self.get.mount.remote),
             known,
             retries: self.get.mount.retries,
@@ -286,7 +300,10 @@ impl Tiers {
 
     /// Answers one request, as far as its first byte.
     pub async fn open(self: &Arc<Self>, get: &Get<'_>) -> Result<Opened, Refusal> {
-        let target = Target { key: get.mount.key(get.key), get };
+        let target = Target {
+            key: get.mount.key(get.key),
+            get,
+        };
         if let Some(pin) = get.head.single_pin().and_then(Validator::from_pin) {
             return self.open_pinned(&target, pin).await;
         }
@@ -297,7 +314,10 @@ impl Tiers {
         loop {
             let current = self.current(&target).await?;
             let label = current.representation.validator.clone();
-            match self.serve(&target, current.representation, current.held, current.trace).await {
+            match self
+                .serve(&target, current.representation, current.held, current.trace)
+                .await
+            {
                 Ok(opened) => return Ok(opened),
                 Err(error) => {
                     if let Some(RemoteErrorKind::Mismatch) = error.remote_kind() {
@@ -324,7 +344,10 @@ impl Tiers {
         let head = target.get.head;
         let source = target.source(pin.clone(), None);
         let held = self.held(&source.revision).await;
-        let mut trace = Trace { disk: started.elapsed(), ..Trace::default() };
+        let mut trace = Trace {
+            disk: started.elapsed(),
+            ..Trace::default()
+        };
 
         if let Some(held) = &held {
             let representation = held.representation();
@@ -335,8 +358,12 @@ impl Tiers {
                 trace.forwarded = Some(Forwarded::Partial);
                 OnDisk::Lacking
             };
-            let outcome =
-                settle(on_disk, RemoteSays::Unasked, target.get.no_cache, target.get.mount.forbidden);
+            let outcome = settle(
+                on_disk,
+                RemoteSays::Unasked,
+                target.get.no_cache,
+                target.get.mount.forbidden,
+            );
             if outcome == Outcome::FromDisk {
                 return self
                     .serve(target, representation, Some(Arc::clone(held)), trace)
@@ -376,7 +403,8 @@ impl Tiers {
                 Ok((held.representation(), Some(held)))
             }
             held if head.method == Method::Head || held.is_some() => {
-                let representation = Arc::new(self.stat_pinned(target, source, held.as_deref()).await?);
+                let representation =
+                    Arc::new(self.stat_pinned(target, source, held.as_deref()).await?);
                 if let Some(held) = &held {
                     held.update_representation(Arc::clone(&representation));
                 }
@@ -398,14 +426,20 @@ impl Tiers {
         let known = held.map(HeldRevision::representation);
         if let Some(known) = known.filter(|known| known.version_id.is_some() && known.size > 0) {
             // HEAD asks for the current version; what a GET could deliver is the one we know.
-            let guard = FillSource { known: Some(known), ..source.clone() }.guard();
+            let guard = FillSource {
+                known: Some(known),
+                ..source.clone()
+            }
+            .guard();
             let want = RangeSpec::Closed { first: 0, last: 0 };
-            let read =
-                self.retrying(target, "read", || target.remote().read(&guard, want)).await?;
+            let read = self
+                .retrying(target, "read", || target.remote().read(&guard, want))
+                .await?;
             return Ok(read.representation);
         }
         let key = target.key.key();
-        self.retrying(target, "stat", || target.remote().stat(key, Some(pin))).await
+        self.retrying(target, "stat", || target.remote().stat(key, Some(pin)))
+            .await
     }
 
     /// The first read of a revision of which nothing is known but its validator. It is a fill like any
@@ -438,10 +472,16 @@ impl Tiers {
                 if let Some(held) = self.held(&source.revision).await {
                     return Ok((held.representation(), Some(held)));
                 }
-                match self.retrying(target, "read", || target.remote().read(&guard, want)).await {
+                match self
+                    .retrying(target, "read", || target.remote().read(&guard, want))
+                    .await
+                {
                     Ok(read) => {
                         let known = Arc::new(read.representation.clone());
-                        let source = FillSource { known: Some(Arc::clone(&known)), ..source.clone() };
+                        let source = FillSource {
+                            known: Some(Arc::clone(&known)),
+                            ..source.clone()
+                        };
                         let follow = self.filler.adopt(&source, read);
                         let held = match follow {
                             Some(mut follow) => follow.answered().await.ok().flatten(),
@@ -476,25 +516,36 @@ impl Tiers {
         &self,
         source: &FillSource,
     ) -> Result<(Arc<Representation>, Option<Arc<HeldRevision>>), OpenError> {
-        let held = self.held(&source.revision).await.ok_or(FillError::Stopped)?;
+        let held = self
+            .held(&source.revision)
+            .await
+            .ok_or(FillError::Stopped)?;
         Ok((held.representation(), Some(held)))
     }
 
     /// `If-Match` with several tags: a held one that covers the range answers without asking
     /// anybody. Else the request is judged by what is current.
     async fn open_listed(&self, target: &Target<'_>) -> Option<Opened> {
-        let Some(EntityTagList::Tags(tags)) = &target.get.head.if_match else { return None };
+        let Some(EntityTagList::Tags(tags)) = &target.get.head.if_match else {
+            return None;
+        };
         if target.get.no_cache {
             return None;
         }
         for pin in tags.iter().filter_map(Validator::from_pin) {
-            let revision = Revision { key: target.key.clone(), validator: pin };
-            let Some(held) = self.held(&revision).await else { continue };
+            let revision = Revision {
+                key: target.key.clone(),
+                validator: pin,
+            };
+            let Some(held) = self.held(&revision).await else {
+                continue;
+            };
             let representation = held.representation();
             let verdict = evaluate(target.get.head, &representation.metadata());
             if covers(&held, &verdict, target.get.head.method)
-                && let Ok(opened) =
-                    self.serve(target, representation, Some(held), Trace::default()).await
+                && let Ok(opened) = self
+                    .serve(target, representation, Some(held), Trace::default())
+                    .await
             {
                 return Some(opened);
             }
@@ -515,8 +566,10 @@ impl Tiers {
         let reader = if ranges.is_empty() {
             None
         } else {
-            let source =
-                target.source(representation.validator.clone(), Some(Arc::clone(&representation)));
+            let source = target.source(
+                representation.validator.clone(),
+                Some(Arc::clone(&representation)),
+            );
             let mut reader = Reader::new(
                 Arc::clone(&self.filler),
                 self.settings,
@@ -525,10 +578,18 @@ impl Tiers {
                 held,
             );
             let hold_back = tracing::debug_span!("hold_back");
-            reader.prepare(&ranges, &mut trace).instrument(hold_back).await?;
+            reader
+                .prepare(&ranges, &mut trace)
+                .instrument(hold_back)
+                .await?;
             Some(reader)
         };
-        Ok(Opened { representation, verdict, reader, trace })
+        Ok(Opened {
+            representation,
+            verdict,
+            reader,
+            trace,
+        })
     }
 
     /// Where the first read of an unknown representation begins, and how much it asks for.
@@ -537,7 +598,10 @@ impl Tiers {
         let part = self.settings.part_size;
         let whole = |start: u64| {
             let start = start - start % block;
-            FirstWant::Span(Span { start, end: start.saturating_add(part) })
+            FirstWant::Span(Span {
+                start,
+                end: start.saturating_add(part),
+            })
         };
         let first = head.range.as_ref().and_then(|ranges| ranges.first());
         let bounded = match first {
@@ -555,9 +619,10 @@ impl Tiers {
         };
         match bounded {
             // Whether there will be a body hangs on the answer: a block is enough to judge by.
-            FirstWant::Span(span) if head.is_undecided() => {
-                FirstWant::Span(Span { start: span.start, end: span.end.min(span.start + block) })
-            }
+            FirstWant::Span(span) if head.is_undecided() => FirstWant::Span(Span {
+                start: span.start,
+                end: span.end.min(span.start + block),
+            }),
             bounded => bounded,
         }
     }
@@ -596,7 +661,9 @@ impl Tiers {
             None => RemoteSays::Down,
         };
         let retry_after = match error.remote_kind() {
-            Some(RemoteErrorKind::Throttled { retry_after: Some(wait) }) => *wait,
+            Some(RemoteErrorKind::Throttled {
+                retry_after: Some(wait),
+            }) => *wait,
             _ => Duration::from_secs(1),
         };
         let denied = target.get.mount.forbidden;
@@ -606,7 +673,10 @@ impl Tiers {
                 if let Some(pin) = &pin {
                     self.keys.distrust(&target.key, pin);
                 }
-                let current = self.keys.believed(&target.key).filter(|now| Some(now) != pin.as_ref());
+                let current = self
+                    .keys
+                    .believed(&target.key)
+                    .filter(|now| Some(now) != pin.as_ref());
                 Refusal::PinLost { current }
             }
             Outcome::NotFound => {
@@ -615,10 +685,17 @@ impl Tiers {
                 }
                 Refusal::NotFound
             }
-            Outcome::TimedOut => Refusal::TimedOut { cause: Arc::new(error) },
-            Outcome::BadGateway => Refusal::BadGateway { cause: Arc::new(error) },
+            Outcome::TimedOut => Refusal::TimedOut {
+                cause: Arc::new(error),
+            },
+            Outcome::BadGateway => Refusal::BadGateway {
+                cause: Arc::new(error),
+            },
             Outcome::Unavailable | Outcome::FromDisk | Outcome::AskRemote | Outcome::Serve => {
-                Refusal::Unavailable { retry_after, cause: Arc::new(error) }
+                Refusal::Unavailable {
+                    retry_after,
+                    cause: Arc::new(error),
+                }
             }
         }
     }
@@ -698,7 +775,9 @@ fn covers(held: &HeldRevision, verdict: &Verdict, method: Method) -> bool {
         (Method::Head, Verdict::Full) => {
             ByteRange::whole(size).is_none_or(|whole| held.first_missing(whole).is_none())
         }
-        _ => wanted(verdict, size, method).iter().all(|range| held.first_missing(*range).is_none()),
+        _ => wanted(verdict, size, method)
+            .iter()
+            .all(|range| held.first_missing(*range).is_none()),
     }
 }
 
@@ -706,7 +785,9 @@ impl RequestHead {
     /// Whether the answer may turn out to have no body once the representation is known.
     fn is_undecided(&self) -> bool {
         let listed = match &self.if_match {
-            Some(EntityTagList::Tags(tags)) => tags.len() > 1 || tags.iter().any(EntityTag::is_weak),
+            Some(EntityTagList::Tags(tags)) => {
+                tags.len() > 1 || tags.iter().any(EntityTag::is_weak)
+            }
             Some(EntityTagList::Any) | None => false,
         };
         listed
@@ -815,7 +896,10 @@ mod tests {
             let says = RemoteSays::of(&kind);
             let outcome = settle(OnDisk::Lacking, says, false, ForbiddenAs::NotFound);
             assert!(
-                matches!(outcome, Outcome::Unavailable | Outcome::TimedOut | Outcome::BadGateway),
+                matches!(
+                    outcome,
+                    Outcome::Unavailable | Outcome::TimedOut | Outcome::BadGateway
+                ),
                 "{kind:?} became {outcome:?}"
             );
         }

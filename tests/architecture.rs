@@ -46,7 +46,13 @@ fn sources() -> BTreeMap<PathBuf, String> {
 fn code_of(text: &str) -> String {
     let text = text.split("#[cfg(test)]\nmod ").next().unwrap();
     text.lines()
-        .map(|line| if line.trim_start().starts_with("//") { "" } else { line })
+        .map(|line| {
+            if line.trim_start().starts_with("//") {
+                ""
+            } else {
+                line
+            }
+        })
         .collect::<Vec<_>>()
         .join("\n")
 }
@@ -119,7 +125,10 @@ fn imports_point_one_way() {
             let there = layer(&target).unwrap();
             let meant = MAY_USE.contains(&(module.as_str(), target.as_str()));
             if there >= here && !meant {
-                wrong.push(format!("src/{} uses {target}, which is not below it", path.display()));
+                wrong.push(format!(
+                    "src/{} uses {target}, which is not below it",
+                    path.display()
+                ));
             }
         }
     }
@@ -150,7 +159,11 @@ fn only_tests_make_an_extent_of_any_file() {
         .filter(|(_, code)| code.contains("from_file("))
         .map(|(path, _)| path)
         .collect();
-    assert_eq!(naming, [PathBuf::from("disk/extent.rs")], "a hole could be sent");
+    assert_eq!(
+        naming,
+        [PathBuf::from("disk/extent.rs")],
+        "a hole could be sent"
+    );
 }
 
 #[test]
@@ -165,6 +178,11 @@ fn only_the_s3_driver_names_the_sdk() {
 
 #[test]
 fn main_stays_a_table_of_contents() {
-    let main = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/main.rs")).unwrap();
-    assert!(main.lines().count() <= 60, "main.rs has {} lines", main.lines().count());
+    let main =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/main.rs")).unwrap();
+    assert!(
+        main.lines().count() <= 60,
+        "main.rs has {} lines",
+        main.lines().count()
+    );
 }

@@ -92,7 +92,9 @@ struct Stage {
 
 async fn demo(args: DemoArgs) -> anyhow::Result<()> {
     let began = Instant::now();
-    let dir = tempfile::Builder::new().prefix("pinrange-demo-").tempdir()?;
+    let dir = tempfile::Builder::new()
+        .prefix("pinrange-demo-")
+        .tempdir()?;
     let size = args.size << 20;
     println!("generating two revisions of a {} MiB snapshot", args.size);
     let (first, second) = tokio::task::spawn_blocking(move || (random(1, size), random(2, size)))
@@ -100,7 +102,10 @@ async fn demo(args: DemoArgs) -> anyhow::Result<()> {
         .context("generating the snapshot")?;
     let stage = Stage::set_up(dir.path()).await?;
     let put = |key: &str, bytes: &Bytes| {
-        stage.s3.put(BUCKET, key, bytes.clone(), PutOptions::default()).map(|put| put.etag)
+        stage
+            .s3
+            .put(BUCKET, key, bytes.clone(), PutOptions::default())
+            .map(|put| put.etag)
     };
     let pin = put("snapshot", &first)?;
     println!(
@@ -111,28 +116,58 @@ async fn demo(args: DemoArgs) -> anyhow::Result<()> {
         stage.replicas[0].data,
         stage.replicas[1].data,
     );
-    println!("{:<44} {:>8} {:>12} {:>12} {:>12}", "", "time", "throughput", "S3 requests", "S3 ÷ unique");
+    println!(
+        "{:<44} {:>8} {:>12} {:>12} {:>12}",
+        "", "time", "throughput", "S3 requests", "S3 ÷ unique"
+    );
 
-    stage.row("cold, pinned, over both replicas", size, stage.across(&pin, &first)).await?;
-    let warm = stage.row("warm, the same ranges", size, stage.across(&pin, &first)).await?;
-    ensure!(warm == 0, "S3 was asked {warm} times for what the disks hold");
+    stage
+        .row(
+            "cold, pinned, over both replicas",
+            size,
+            stage.across(&pin, &first),
+        )
+        .await?;
+    let warm = stage
+        .row("warm, the same ranges", size, stage.across(&pin, &first))
+        .await?;
+    ensure!(
+        warm == 0,
+        "S3 was asked {warm} times for what the disks hold"
+    );
     put("snapshot", &second)?;
     let held = stage
-        .row("the same pin, S3 has another revision now", size, stage.across(&pin, &first))
+        .row(
+            "the same pin, S3 has another revision now",
+            size,
+            stage.across(&pin, &first),
+        )
         .await?;
-    ensure!(held == 0, "S3 was asked {held} times for a revision that the disks hold");
+    ensure!(
+        held == 0,
+        "S3 was asked {held} times for a revision that the disks hold"
+    );
 
     put("volatile", &first)?;
     let after = PARALLEL / 2;
     stage.replace_after(after, "volatile", &second);
     let file = dir.path().join("volatile");
     let overwritten = stage.get("volatile", &file);
-    stage.row("pinrange get, object replaced in the middle", size, overwritten).await?;
+    stage
+        .row(
+            "pinrange get, object replaced in the middle",
+            size,
+            overwritten,
+        )
+        .await?;
     stage.s3.on_request(None);
     let bytes = tokio::fs::read(&file).await?;
     ensure!(bytes == second, "the file is not the new revision");
 
-    println!("\nevery byte was right, after {:.1} s", began.elapsed().as_secs_f64());
+    println!(
+        "\nevery byte was right, after {:.1} s",
+        began.elapsed().as_secs_f64()
+    );
     if args.keep {
         stage.keep(&pin).await?;
     }
@@ -150,12 +185,18 @@ impl Stage {
         let mut options = Options::memory([BUCKET]);
         options.first_byte_delay = FIRST_BYTE;
         options.bytes_per_second_per_connection = Some(PACE);
-        let s3 = StrictS3::start(options).await.context("starting the embedded S3")?;
+        let s3 = StrictS3::start(options)
+            .await
+            .context("starting the embedded S3")?;
         let a = start_replica(&s3, &dir.join("a")).await?;
         let b = start_replica(&s3, &dir.join("b")).await?;
         s3.clear_log();
         let client = Client::builder(TokioExecutor::new()).build_http();
-        Ok(Self { s3, replicas: [a, b], client })
+        Ok(Self {
+            s3,
+            replicas: [a, b],
+            client,
+        })
     }
 
     /// Runs a step, prints its row, and says how many requests S3 had.
@@ -193,11 +234,17 @@ impl Stage {
                     .header(RANGE, format!("bytes={start}-{}", end - 1))
                     .body(Empty::new())?;
                 let response = self.client.request(request).await?;
-                ensure!(response.status().as_u16() == 206, "the answer was {}", response.status());
+                ensure!(
+                    response.status().as_u16() == 206,
+                    "the answer was {}",
+                    response.status()
+                );
                 let mut body = response.into_body();
                 let mut offset = usize::try_from(start)?;
                 while let Some(frame) = body.frame().await {
-                    let Ok(bytes) = frame?.into_data() else { continue };
+                    let Ok(bytes) = frame?.into_data() else {
+                        continue;
+                    };
                     let right = expected.get(offset..offset + bytes.len());
                     ensure!(right == Some(&bytes[..]), "wrong bytes at {offset}");
                     offset += bytes.len();
@@ -213,7 +260,9 @@ impl Stage {
 
     async fn get(&self, key: &str, file: &Path) -> anyhow::Result<()> {
         let url = format!("http://{}/{key}", self.replicas[0].data);
-        let file = file.to_str().context("the temporary directory is not UTF-8")?;
+        let file = file
+            .to_str()
+            .context("the temporary directory is not UTF-8")?;
         let command = GetCommand::try_parse_from(["get", &url, "-o", file])?;
         let events = Box::new(io::stderr());
         let cancel = CancellationToken::new();
@@ -246,11 +295,20 @@ impl Stage {
         let [a, b] = &self.replicas;
         println!("\nstill running; try:\n");
         println!("  curl -sD- -o /dev/null http://{}/snapshot", a.data);
-        println!("  curl -sD- -r 0-15 -H 'If-Match: {pin}' http://{}/snapshot", a.data);
-        println!("  curl -sD- -r 0-15 -H 'If-Match: \"gone\"' http://{}/snapshot", b.data);
+        println!(
+            "  curl -sD- -r 0-15 -H 'If-Match: {pin}' http://{}/snapshot",
+            a.data
+        );
+        println!(
+            "  curl -sD- -r 0-15 -H 'If-Match: \"gone\"' http://{}/snapshot",
+            b.data
+        );
         println!("  pinrange get http://{}/snapshot -o /tmp/snapshot", a.data);
         println!("  curl -s http://{}/metrics | grep -v '^#'", a.admin);
-        println!("  curl -s -d '{{\"path\": \"/*\"}}' http://{}/purge", a.admin);
+        println!(
+            "  curl -s -d '{{\"path\": \"/*\"}}' http://{}/purge",
+            a.admin
+        );
         println!("\nCtrl-C ends it");
         tokio::signal::ctrl_c().await?;
         Ok(())

@@ -20,12 +20,19 @@ pub async fn run(mut config: Config) -> ExitCode {
         Some(dir) => match start_dev(&mut config, &dir).await {
             Ok(s3) => Some(s3),
             Err(error) => {
-                eprintln!("pinrange: cannot serve the directory {}: {error}", dir.display());
+                eprintln!(
+                    "pinrange: cannot serve the directory {}: {error}",
+                    dir.display()
+                );
                 return ExitCode::from(EX_CANTCREAT);
             }
         },
     };
-    let credentials = if dev.is_some() { own_credentials() } else { CredentialSource::Chain };
+    let credentials = if dev.is_some() {
+        own_credentials()
+    } else {
+        CredentialSource::Chain
+    };
     let replica = match Replica::start(&config, &credentials).await {
         Ok(replica) => replica,
         Err(error) => {

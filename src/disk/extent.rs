@@ -60,7 +60,11 @@ impl FileExtent {
     #[doc(hidden)]
     pub fn from_file(file: File, offset: u64, len: u64) -> Self {
         let nobodys = Charge::new(&Room::new(0, 0), 0);
-        Self { file: SegmentFile::new(file, nobodys), offset, len }
+        Self {
+            file: SegmentFile::new(file, nobodys),
+            offset,
+            len,
+        }
     }
 
     /// The file to send from.

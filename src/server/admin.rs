@@ -122,7 +122,9 @@ impl<C: Control> Handler for Admin<C> {
                 Readiness::Starting => respond::admin(Status::Unready, TEXT, "starting\n"),
                 Readiness::Draining => respond::admin(Status::Unready, TEXT, "draining\n"),
             },
-            "/metrics" if get => respond::admin(Status::Ok, Metrics::CONTENT_TYPE, control.metrics()),
+            "/metrics" if get => {
+                respond::admin(Status::Ok, Metrics::CONTENT_TYPE, control.metrics())
+            }
             "/healthz" | "/readyz" | "/metrics" => {
                 refuse(Status::Allow("GET, HEAD"), "this page can only be read")
             }

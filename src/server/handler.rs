@@ -30,9 +30,23 @@ const TRACEPARENT: &str = "traceparent";
 
 /// Query parameters that S3 gives a meaning on a read. All else in a query is ignored.
 const S3_PARAMETERS: &[&str] = &[
-    "acl", "attributes", "awsaccesskeyid", "expires", "legal-hold", "list-type", "location",
-    "partnumber", "retention", "select", "signature", "tagging", "torrent", "uploadid", "uploads",
-    "versionid", "versions",
+    "acl",
+    "attributes",
+    "awsaccesskeyid",
+    "expires",
+    "legal-hold",
+    "list-type",
+    "location",
+    "partnumber",
+    "retention",
+    "select",
+    "signature",
+    "tagging",
+    "torrent",
+    "uploadid",
+    "uploads",
+    "versionid",
+    "versions",
 ];
 const S3_PREFIXES: &[&str] = &["response-", "x-amz-", "x-id"];
 
@@ -47,7 +61,12 @@ pub struct Handler {
 impl Handler {
     /// A handler over these mounts.
     pub fn new(mounts: Arc<Mounts>, tiers: Arc<Tiers>, metrics: Metrics) -> Self {
-        Self { mounts, tiers, metrics, random: RandomState::new() }
+        Self {
+            mounts,
+            tiers,
+            metrics,
+            random: RandomState::new(),
+        }
     }
 
     /// What it counts with.
@@ -56,7 +75,11 @@ impl Handler {
     }
 
     /// Answers one request. The request's content is not read.
-    pub async fn handle<B>(&self, request: Request<B>, queue: &SendQueue) -> Response<ResponseBody> {
+    pub async fn handle<B>(
+        &self,
+        request: Request<B>,
+        queue: &SendQueue,
+    ) -> Response<ResponseBody> {
         let (request, _content) = request.into_parts();
         let started = Instant::now();
         let id = self.request_id(&request.headers);
@@ -73,7 +96,9 @@ impl Handler {
         );
         let mut response = self.answer(&request, started, queue).instrument(span).await;
         response.headers_mut().insert(X_REQUEST_ID, id);
-        response.headers_mut().insert(VIA, HeaderValue::from_static("1.1 pinrange"));
+        response
+            .headers_mut()
+            .insert(VIA, HeaderValue::from_static("1.1 pinrange"));
         response
     }
 
@@ -101,7 +126,12 @@ impl Handler {
             }
         };
         describe(&end.span, request, &head);
-        let get = Get { mount, key: &key, head: &head, no_cache: no_cache(&request.headers) };
+        let get = Get {
+            mount,
+            key: &key,
+            head: &head,
+            no_cache: no_cache(&request.headers),
+        };
         match self.tiers.open(&get).await {
             Ok(opened) => {
                 end.verdict = verdict(&opened);
@@ -144,7 +174,10 @@ impl Handler {
             http::Method::HEAD => Method::Head,
             _ => return Err(Rejected::Method),
         };
-        let (mount, key) = self.mounts.resolve(request.uri.path()).map_err(Rejected::Path)?;
+        let (mount, key) = self
+            .mounts
+            .resolve(request.uri.path())
+            .map_err(Rejected::Path)?;
         if let Some(query) = request.uri.query() {
             refuse_s3_parameters(query)?;
         }
@@ -158,12 +191,21 @@ impl Handler {
         let sane = |id: &&HeaderValue| {
             let id = id.as_bytes();
             (1..=128).contains(&id.len())
-                && id.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte))
+                && id
+                    .iter()
+                    .all(|byte| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte))
         };
-        headers.get(X_REQUEST_ID).filter(sane).cloned().unwrap_or_else(|| {
-            let random = self.random.hash_one((Instant::now(), std::thread::current().id()));
-            HeaderValue::from_str(&format!("{random:016x}")).expect("hexadecimal digits are a field value")
-        })
+        headers
+            .get(X_REQUEST_ID)
+            .filter(sane)
+            .cloned()
+            .unwrap_or_else(|| {
+                let random = self
+                    .random
+                    .hash_one((Instant::now(), std::thread::current().id()));
+                HeaderValue::from_str(&format!("{random:016x}"))
+                    .expect("hexadecimal digits are a field value")
+            })
     }
 }
 
@@ -201,7 +243,12 @@ fn describe(span: &Span, request: &http::request::Parts, head: &RequestHead) {
         Some(EntityTagList::Tags(_)) => "list",
     };
     span.record("pin", pin);
-    let text = |name: &str| request.headers.get(name).and_then(|value| value.to_str().ok());
+    let text = |name: &str| {
+        request
+            .headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+    };
     if let Some(range) = text("range") {
         span.record("range", range);
     }
@@ -217,7 +264,9 @@ fn is_traceparent(value: &str) -> bool {
     fields.len() == lengths.len()
         && fields.iter().zip(lengths).all(|(field, length)| {
             field.len() == length
-                && field.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+                && field
+                    .bytes()
+                    .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
         })
 }
 
@@ -261,7 +310,8 @@ impl RequestEnd {
 
     fn write(&self, bytes: u64, aborted: Option<&'static str>) {
         let total = self.started.elapsed();
-        self.metrics.request(self.verdict, self.tier, self.first_byte, total);
+        self.metrics
+            .request(self.verdict, self.tier, self.first_byte, total);
         let _in_span = self.span.enter();
         tracing::info!(
             verdict = self.verdict,

@@ -48,7 +48,9 @@ const PROBE_KEY: &str = ".pinrange-probe";
 #[expect(clippy::exhaustive_enums, reason = "closed: each has an exit code")]
 pub enum StartError {
     /// A listener could not be bound.
-    #[error("cannot listen on {address} ({key}): {source}; choose another address or stop what uses it")]
+    #[error(
+        "cannot listen on {address} ({key}): {source}; choose another address or stop what uses it"
+    )]
     Bind {
         /// The configuration key.
         key: &'static str,
@@ -117,7 +119,10 @@ pub struct Replica {
 
 impl Replica {
     /// Starts a replica. `credentials` is [`CredentialSource::Chain`] but for an S3 of our own.
-    pub async fn start(config: &Config, credentials: &CredentialSource) -> Result<Self, StartError> {
+    pub async fn start(
+        config: &Config,
+        credentials: &CredentialSource,
+    ) -> Result<Self, StartError> {
         let data = bind("server.listen", config.server.listen).await?;
         let admin = bind("server.admin", config.server.admin).await?;
         let disk_config = config.cache.disk();
@@ -125,7 +130,10 @@ impl Replica {
             .await
             .map_err(io::Error::other)??;
         let mounts = futures::future::try_join_all(
-            config.mounts.iter().map(|mount| open_mount(mount, credentials)),
+            config
+                .mounts
+                .iter()
+                .map(|mount| open_mount(mount, credentials)),
         )
         .await?;
         let mounts = Arc::new(Mounts::new(mounts));
@@ -133,13 +141,19 @@ impl Replica {
         let part_size = NonZeroU64::new(config.cache.part_size).unwrap_or(NonZeroU64::MIN);
         let filler = Filler::new(
             Arc::clone(&disk),
-            FillSettings { part_size, budget: config.cache.fill_budget },
+            FillSettings {
+                part_size,
+                budget: config.cache.fill_budget,
+            },
             metrics.clone(),
         );
         let tiers = Tiers::new(
             Arc::clone(&disk),
             Arc::clone(&filler),
-            TierSettings { fan_out: config.cache.fan_out, part_size: part_size.get() },
+            TierSettings {
+                fan_out: config.cache.fan_out,
+                part_size: part_size.get(),
+            },
             metrics.clone(),
         );
         let (readiness, is_ready) = watch::channel(Readiness::Ready);
@@ -203,7 +217,10 @@ impl Replica {
             tokio::time::sleep(self.drain_grace).await;
         }
         self.stop_data.cancel();
-        let report = self.data_task.await.unwrap_or(DrainReport { finished: 0, cut: 0 });
+        let report = self.data_task.await.unwrap_or(DrainReport {
+            finished: 0,
+            cut: 0,
+        });
         self.filler.shutdown().await;
         if let Err(error) = self.disk.close().await {
             tracing::warn!(
@@ -239,7 +256,10 @@ pub async fn run_until_signal(replica: Replica) -> ExitCode {
             return ExitCode::from(71);
         }
     };
-    println!("pinrange ready: data http://{} admin http://{}", replica.data, replica.admin);
+    println!(
+        "pinrange ready: data http://{} admin http://{}",
+        replica.data, replica.admin
+    );
     let terminated = signals.next().await;
     tracing::info!("draining; a second signal ends at once");
     tokio::select! {
@@ -277,7 +297,11 @@ impl Signals {
 async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
     TcpListener::bind(address)
         .await
-        .map_err(|source| StartError::Bind { key, address, source })
+        .map_err(|source| StartError::Bind {
+            key,
+            address,
+            source,
+        })
 }
 
 /// The soft limit on descriptors.
@@ -305,15 +329,23 @@ async fn open_mount(
         error: Box::new(error),
         advice,
     };
-    let remote = S3Remote::connect(settings).await.map_err(|source| StartError::Settings {
-        path: config.path.clone(),
-        source,
-    })?;
+    let remote = S3Remote::connect(settings)
+        .await
+        .map_err(|source| StartError::Settings {
+            path: config.path.clone(),
+            source,
+        })?;
     let probe_key = [config.prefix.as_str(), PROBE_KEY].concat();
     let want = Some(RangeSpec::Closed { first: 0, last: 0 });
     let probe = remote.read_current(&probe_key, want, None);
     match tokio::time::timeout(PROBE, probe).await {
-        Ok(Ok(_) | Err(RemoteError { kind: RemoteErrorKind::Absent, .. })) => {}
+        Ok(
+            Ok(_)
+            | Err(RemoteError {
+                kind: RemoteErrorKind::Absent,
+                ..
+            }),
+        ) => {}
         Ok(Err(error)) => match error.kind {
             RemoteErrorKind::Misconfigured => {
                 return Err(refuse(error, "correct bucket, region or credentials"));
@@ -373,15 +405,21 @@ impl Control for Operator {
             Some(prefix) => (prefix, true),
             None => (path.as_str(), false),
         };
-        let resolved =
-            if every { self.mounts.resolve_prefix(named) } else { self.mounts.resolve(named) };
+        let resolved = if every {
+            self.mounts.resolve_prefix(named)
+        } else {
+            self.mounts.resolve(named)
+        };
         let (mount, key) = resolved.map_err(|error| match error {
             PathError::Unknown => PurgeRefused::NoMount(path.clone()),
             PathError::Malformed | PathError::DotSegment | PathError::TooLong => {
                 PurgeRefused::Malformed(error.to_string())
             }
         })?;
-        self.tiers.purge(mount, &key, every).await.map_err(|error| PurgeRefused::Failed(error.to_string()))
+        self.tiers
+            .purge(mount, &key, every)
+            .await
+            .map_err(|error| PurgeRefused::Failed(error.to_string()))
     }
 }
 

@@ -12,8 +12,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http::header::{
-    ACCEPT_RANGES, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, EXPIRES,
-    HeaderMap, HeaderName, HeaderValue, LAST_MODIFIED, RETRY_AFTER,
+    ACCEPT_RANGES, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG,
+    EXPIRES, HeaderMap, HeaderName, HeaderValue, LAST_MODIFIED, RETRY_AFTER,
 };
 use http::{Response, StatusCode};
 
@@ -55,7 +55,12 @@ pub fn opened<O: BodyObserver>(
     queue: &SendQueue,
     observer: O,
 ) -> (Response<ResponseBody>, Option<O>) {
-    let Opened { representation, verdict, reader, trace } = opened;
+    let Opened {
+        representation,
+        verdict,
+        reader,
+        trace,
+    } = opened;
     let size = representation.size;
     let mut parts = VecDeque::new();
     let mut headers = HeaderMap::with_capacity(16);
@@ -99,16 +104,19 @@ pub fn opened<O: BodyObserver>(
             );
             validators(response.headers_mut(), &representation);
             let unsatisfied = format!("bytes */{size}");
-            response.headers_mut().insert(CONTENT_RANGE, ascii(&unsatisfied));
+            response
+                .headers_mut()
+                .insert(CONTENT_RANGE, ascii(&unsatisfied));
             trace_fields(response.headers_mut(), &trace, method);
             return (response, Some(observer));
         }
     };
     trace_fields(&mut headers, &trace, method);
     let (body, observer) = match reader {
-        Some(reader) => {
-            (ResponseBody::new(parts, Box::new(reader), queue.clone(), observer), None)
-        }
+        Some(reader) => (
+            ResponseBody::new(parts, Box::new(reader), queue.clone(), observer),
+            None,
+        ),
         None => (ResponseBody::empty(), Some(observer)),
     };
     let mut response = Response::new(body);
@@ -157,7 +165,9 @@ pub fn refused(refusal: &Refusal, pin: Option<&Validator>) -> Response<ResponseB
     let mut response = problem(status, detail, &[]);
     forwarded_field(&mut response, status_seen);
     if let Refusal::Unavailable { retry_after, .. } = refusal {
-        response.headers_mut().insert(RETRY_AFTER, seconds(*retry_after).into());
+        response
+            .headers_mut()
+            .insert(RETRY_AFTER, seconds(*retry_after).into());
     }
     response
 }
@@ -168,7 +178,9 @@ pub fn rejected(rejected: &Rejected) -> Response<ResponseBody> {
         Rejected::Method => {
             let detail = "only GET and HEAD are served";
             let mut response = problem(StatusCode::METHOD_NOT_ALLOWED, detail, &[]);
-            response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            response
+                .headers_mut()
+                .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
             response
         }
         Rejected::Path(error) => {
@@ -218,7 +230,10 @@ fn problem(status: StatusCode, detail: &str, more: &[(&str, &str)]) -> Response<
     let mut response = Response::new(ResponseBody::bytes(document.to_string()));
     *response.status_mut() = status;
     let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    headers.insert(
+        CONTENT_TYPE,
+        HeaderValue::from_static("application/problem+json"),
+    );
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
     response
@@ -229,7 +244,8 @@ fn validators(headers: &mut HeaderMap, representation: &Representation) {
     headers.insert(ETAG, ascii(representation.validator.as_field_value()));
     // httpdate panics outside the years it can write; a remote may send anything.
     if let Some(date) = representation.last_modified.filter(|date| {
-        date.duration_since(UNIX_EPOCH).is_ok_and(|since| since < YEAR_9999)
+        date.duration_since(UNIX_EPOCH)
+            .is_ok_and(|since| since < YEAR_9999)
     }) {
         headers.insert(LAST_MODIFIED, ascii(&httpdate::fmt_http_date(date)));
     }
@@ -252,7 +268,11 @@ fn pass_through(
 /// RFC 9110 §14.6. Each part's head stands between bytes of the file, which go by sendfile.
 fn multipart(headers: &mut HeaderMap, ranges: &[ByteRange], size: u64) -> VecDeque<Part> {
     let random = RandomState::new();
-    let boundary = format!("pinrange-{:016x}{:016x}", random.hash_one(0), random.hash_one(1));
+    let boundary = format!(
+        "pinrange-{:016x}{:016x}",
+        random.hash_one(0),
+        random.hash_one(1)
+    );
     let of_part = headers.remove(CONTENT_TYPE);
     let mut parts = VecDeque::with_capacity(2 * ranges.len() + 1);
     let mut length = 0;
@@ -274,7 +294,10 @@ fn multipart(headers: &mut HeaderMap, ranges: &[ByteRange], size: u64) -> VecDeq
     let end = format!("\r\n--{boundary}--\r\n");
     length += end.len() as u64;
     parts.push_back(Part::Bytes(Bytes::from(end)));
-    headers.insert(CONTENT_TYPE, ascii(&format!("multipart/byteranges; boundary={boundary}")));
+    headers.insert(
+        CONTENT_TYPE,
+        ascii(&format!("multipart/byteranges; boundary={boundary}")),
+    );
     headers.insert(CONTENT_LENGTH, length.into());
     parts
 }
@@ -316,9 +339,11 @@ fn trace_fields(headers: &mut HeaderMap, trace: &Trace, method: Method) {
     headers.insert(CACHE_STATUS, ascii(&status));
 
     let mut timing = String::with_capacity(64);
-    for (name, duration) in
-        [("disk", trace.disk), ("remote", trace.remote), ("queue", trace.queued)]
-    {
+    for (name, duration) in [
+        ("disk", trace.disk),
+        ("remote", trace.remote),
+        ("queue", trace.queued),
+    ] {
         if !duration.is_zero() {
             let separator = if timing.is_empty() { "" } else { ", " };
             let milliseconds = duration.as_secs_f64() * 1e3;
@@ -345,7 +370,8 @@ fn seconds(duration: Duration) -> u64 {
 
 /// A field value out of text that is visible ASCII by construction.
 fn ascii(value: &str) -> HeaderValue {
-    HeaderValue::from_str(value).expect("validators, dates, numbers and our own words are visible ASCII")
+    HeaderValue::from_str(value)
+        .expect("validators, dates, numbers and our own words are visible ASCII")
 }
 
 // === admin ===

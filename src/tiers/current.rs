@@ -76,7 +76,11 @@ impl KeyState {
 
     fn failure_since(&self, arrived: Instant) -> Option<Arc<OpenError>> {
         let known = self.known.lock();
-        known.failed.as_ref().filter(|(when, _)| *when >= arrived).map(|(_, why)| Arc::clone(why))
+        known
+            .failed
+            .as_ref()
+            .filter(|(when, _)| *when >= arrived)
+            .map(|(_, why)| Arc::clone(why))
     }
 }
 
@@ -105,7 +109,9 @@ impl Keys {
         let state = self.0.lock().peek(key).map(Arc::clone)?;
         let known = state.known.lock();
         match &known.label {
-            Some((Label::Present(representation), Some(_))) => Some(representation.validator.clone()),
+            Some((Label::Present(representation), Some(_))) => {
+                Some(representation.validator.clone())
+            }
             _ => None,
         }
     }
@@ -132,8 +138,12 @@ impl Keys {
     /// Forgets the labels of the keys that `matches` says.
     pub(super) fn forget(&self, matches: impl Fn(&ObjectKey) -> bool) {
         let mut keys = self.0.lock();
-        let doomed: Vec<_> =
-            keys.iter().map(|(key, _)| key).filter(|key| matches(key)).cloned().collect();
+        let doomed: Vec<_> = keys
+            .iter()
+            .map(|(key, _)| key)
+            .filter(|key| matches(key))
+            .cloned()
+            .collect();
         for key in doomed {
             keys.pop(&key);
         }
@@ -163,7 +173,10 @@ impl Tiers {
             return self.from_label(target, label, Trace::default()).await;
         }
         let _turn = state.turn().await;
-        let mut trace = Trace { collapsed: true, ..Trace::default() };
+        let mut trace = Trace {
+            collapsed: true,
+            ..Trace::default()
+        };
         if let Some(label) = state.fresh(asked_after) {
             trace.forwarded = Some(Forwarded::Stale);
             trace.remote = arrived.elapsed();
@@ -184,7 +197,10 @@ impl Tiers {
                 match error.remote_kind() {
                     Some(RemoteErrorKind::Absent) => {
                         let mut known = state.known.lock();
-                        *known = Known { label: Some((Label::Absent, Some(asked))), ..Known::default() };
+                        *known = Known {
+                            label: Some((Label::Absent, Some(asked))),
+                            ..Known::default()
+                        };
                         drop(known);
                         self.disk.set_current(&target.key, None);
                     }
@@ -208,13 +224,20 @@ impl Tiers {
                 if held.is_none() && trace.forwarded.is_none() {
                     trace.forwarded = Some(Forwarded::Miss);
                 }
-                Ok(CurrentRevision { representation, held, trace })
+                Ok(CurrentRevision {
+                    representation,
+                    held,
+                    trace,
+                })
             }
         }
     }
 
     fn revision(&self, target: &Target<'_>, representation: &Representation) -> Revision {
-        Revision { key: target.key.clone(), validator: representation.validator.clone() }
+        Revision {
+            key: target.key.clone(),
+            validator: representation.validator.clone(),
+        }
     }
 
     /// What was last known to be current, and when: from memory, else from the catalog.
@@ -257,29 +280,39 @@ impl Tiers {
         });
         let key = target.key.key();
         let (representation, read) = if target.get.head.method == Method::Head {
-            let stat = self.retrying(target, "stat", || target.remote().stat(key, None)).await?;
+            let stat = self
+                .retrying(target, "stat", || target.remote().stat(key, None))
+                .await?;
             (Arc::new(stat), None)
         } else {
             let unless = held.as_ref().map(|held| held.revision().validator.clone());
             match self.read_label(target, unless.as_ref()).await? {
                 Current::Read(read) => (Arc::new(read.representation.clone()), Some(read)),
                 Current::NotModified { last_modified } => {
-                    let (held, last) =
-                        held.as_ref().zip(last).expect("If-None-Match is sent for what is held");
+                    let (held, last) = held
+                        .as_ref()
+                        .zip(last)
+                        .expect("If-None-Match is sent for what is held");
                     trace.confirmed = true;
-                    (self.confirmed(target, held, last_modified, last.1).await?, None)
+                    (
+                        self.confirmed(target, held, last_modified, last.1).await?,
+                        None,
+                    )
                 }
             }
         };
 
-        let mut current_held = held.filter(|held| held.revision().validator == representation.validator);
+        let mut current_held =
+            held.filter(|held| held.revision().validator == representation.validator);
         if let Some(held) = &current_held {
             held.update_representation(Arc::clone(&representation));
         }
         let purged_meanwhile = self.purges.load(Ordering::SeqCst) != purges;
         if let Some(read) = read.filter(|_| !purged_meanwhile) {
-            let source =
-                target.source(representation.validator.clone(), Some(Arc::clone(&representation)));
+            let source = target.source(
+                representation.validator.clone(),
+                Some(Arc::clone(&representation)),
+            );
             if let Some(mut follow) = self.filler.adopt(&source, read) {
                 // The hold-back waits for its bytes; a disk that cannot take them is found out there.
                 if let Ok(Some(answered)) = follow.answered().await {
@@ -291,7 +324,11 @@ impl Tiers {
         if !purged_meanwhile {
             self.remember(target, state, &representation, asked);
         }
-        Ok(CurrentRevision { representation, held: current_held, trace: Trace::default() })
+        Ok(CurrentRevision {
+            representation,
+            held: current_held,
+            trace: Trace::default(),
+        })
     }
 
     /// The read that labels itself. Its bytes are the beginning of what the request wants.
@@ -319,8 +356,9 @@ impl Tiers {
                             .await?;
                         return Ok(whole);
                     }
-                    let stat =
-                        self.retrying(target, "stat", || target.remote().stat(key, None)).await?;
+                    let stat = self
+                        .retrying(target, "stat", || target.remote().stat(key, None))
+                        .await?;
                     Ok(Current::Read(RemoteRead {
                         representation: stat,
                         range: None,
@@ -335,7 +373,10 @@ impl Tiers {
 
     fn label_want(&self, head: &RequestHead) -> RangeSpec {
         match self.first_want(head) {
-            FirstWant::Span(span) => RangeSpec::Closed { first: span.start, last: span.end - 1 },
+            FirstWant::Span(span) => RangeSpec::Closed {
+                first: span.start,
+                last: span.end - 1,
+            },
             FirstWant::Suffix(length) => RangeSpec::Suffix(length),
         }
     }
@@ -353,12 +394,16 @@ impl Tiers {
         let stored = held.representation();
         if let Some(last_modified) = last_modified
             && Some(last_modified) == stored.last_modified
-            && last_confirmed.duration_since(last_modified).is_ok_and(|age| age > SETTLED)
+            && last_confirmed
+                .duration_since(last_modified)
+                .is_ok_and(|age| age > SETTLED)
         {
             return Ok(stored);
         }
         let key = target.key.key();
-        let stat = self.retrying(target, "stat", || target.remote().stat(key, None)).await?;
+        let stat = self
+            .retrying(target, "stat", || target.remote().stat(key, None))
+            .await?;
         Ok(Arc::new(stat))
     }
 
@@ -374,11 +419,18 @@ impl Tiers {
             &known.label,
             Some((Label::Present(before), _)) if before.validator == representation.validator
         );
-        let persist = !unchanged || known.persisted.is_none_or(|last| last.elapsed() > PERSIST_EVERY);
+        let persist = !unchanged
+            || known
+                .persisted
+                .is_none_or(|last| last.elapsed() > PERSIST_EVERY);
         *known = Known {
             label: Some((Label::Present(Arc::clone(representation)), Some(asked))),
             confirmed: Some(SystemTime::now()),
-            persisted: if persist { Some(asked) } else { known.persisted },
+            persisted: if persist {
+                Some(asked)
+            } else {
+                known.persisted
+            },
             failed: None,
         };
         drop(known);
@@ -395,7 +447,9 @@ impl Tiers {
         error: &Arc<OpenError>,
         mut trace: Trace,
     ) -> Result<CurrentRevision, Refusal> {
-        let outage = error.remote_kind().is_some_and(RemoteErrorKind::is_retryable);
+        let outage = error
+            .remote_kind()
+            .is_some_and(RemoteErrorKind::is_retryable);
         if outage
             && !target.get.no_cache
             && let Some((representation, confirmed)) = self.last_label(target, state).await
@@ -408,7 +462,11 @@ impl Tiers {
                 error = &**error as &dyn std::error::Error,
                 "the remote cannot be asked; answering from what is held"
             );
-            return Ok(CurrentRevision { representation, held: Some(held), trace });
+            return Ok(CurrentRevision {
+                representation,
+                held: Some(held),
+                trace,
+            });
         }
         Err(self.refuse(target, OpenError::Shared(Arc::clone(error))))
     }

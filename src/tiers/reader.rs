@@ -76,7 +76,9 @@ impl Reader {
             complete: false,
             direct: None,
         };
-        Self { state: State::Idle(Box::new(inner)) }
+        Self {
+            state: State::Idle(Box::new(inner)),
+        }
     }
 
     pub(super) async fn prepare(
@@ -146,7 +148,9 @@ fn reason(error: &OpenError) -> &'static str {
 impl Inner {
     /// The next chunk if it is on disk and nothing has to be awaited.
     fn at_hand(&mut self, range: ByteRange) -> Option<Payload> {
-        let Step::Present(extent) = self.held.as_ref()?.step(range) else { return None };
+        let Step::Present(extent) = self.held.as_ref()?.step(range) else {
+            return None;
+        };
         if !self.complete {
             self.read_ahead(range);
         }
@@ -167,7 +171,11 @@ impl Inner {
                 continue;
             }
             self.complete = false;
-            match self.direct.as_mut().map(|direct| direct.offset.cmp(&range.start())) {
+            match self
+                .direct
+                .as_mut()
+                .map(|direct| direct.offset.cmp(&range.start()))
+            {
                 Some(std::cmp::Ordering::Equal) => {
                     if let Some(bytes) = self.direct_chunk(range).await? {
                         return Ok(Payload::Memory(bytes));
@@ -182,7 +190,10 @@ impl Inner {
                 continue;
             }
             self.read_ahead(range);
-            let Some(follow) = self.follows.first_mut().filter(|follow| follow.span().start <= range.start())
+            let Some(follow) = self
+                .follows
+                .first_mut()
+                .filter(|follow| follow.span().start <= range.start())
             else {
                 // Nothing is missing any more; the next turn finds it.
                 vanished += 1;
@@ -211,16 +222,29 @@ impl Inner {
 
     /// Keeps up to `fan_out` fills going from the start of `range` on, as far as it reaches.
     fn read_ahead(&mut self, range: ByteRange) {
-        self.follows.retain(|follow| follow.span().end > range.start());
-        let reached = self.follows.last().map_or(range.start(), |follow| follow.span().end);
-        let window = self.settings.part_size.saturating_mul(self.settings.fan_out as u64);
+        self.follows
+            .retain(|follow| follow.span().end > range.start());
+        let reached = self
+            .follows
+            .last()
+            .map_or(range.start(), |follow| follow.span().end);
+        let window = self
+            .settings
+            .part_size
+            .saturating_mul(self.settings.fan_out as u64);
         let end = range.end().min(range.start().saturating_add(window));
         let room = self.settings.fan_out.saturating_sub(self.follows.len());
         if room == 0 || reached >= end || self.direct.is_some() {
             return;
         }
-        let want = Span { start: reached, end };
-        self.follows.extend(self.filler.join(&self.source, self.held.as_deref(), want, room));
+        let want = Span {
+            start: reached,
+            end,
+        };
+        self.follows.extend(
+            self.filler
+                .join(&self.source, self.held.as_deref(), want, room),
+        );
     }
 
     fn gap(&self, range: ByteRange) -> ByteRange {
@@ -231,7 +255,9 @@ impl Inner {
     }
 
     async fn prepare(&mut self, ranges: &[ByteRange], trace: &mut Trace) -> Result<(), OpenError> {
-        let Some(first) = ranges.first().copied() else { return Ok(()) };
+        let Some(first) = ranges.first().copied() else {
+            return Ok(());
+        };
         let started = Instant::now();
         let mut vanished = 0;
         loop {
@@ -262,7 +288,11 @@ impl Inner {
             }
             let within = ranges
                 .iter()
-                .find_map(|range| range.intersect(gap).and_then(|_| range.from_offset(gap.start())))
+                .find_map(|range| {
+                    range
+                        .intersect(gap)
+                        .and_then(|_| range.from_offset(gap.start()))
+                })
                 .unwrap_or(gap);
             self.follows.clear();
             self.read_ahead(within);
@@ -271,7 +301,12 @@ impl Inner {
                     trace.remote += started.elapsed();
                     trace.stored = true;
                     trace.collapsed |= self.follows.iter().all(|follow| follow.collapsed);
-                    trace.queued = self.follows.iter().map(Follow::queued).max().unwrap_or_default();
+                    trace.queued = self
+                        .follows
+                        .iter()
+                        .map(Follow::queued)
+                        .max()
+                        .unwrap_or_default();
                     return Ok(());
                 }
                 Ok(false) => vanished += 1,
@@ -293,7 +328,11 @@ impl Inner {
         gap: ByteRange,
         within: ByteRange,
     ) -> Result<bool, FillError> {
-        let needed = if within.len() <= self.settings.part_size { self.follows.len() } else { 1 };
+        let needed = if within.len() <= self.settings.part_size {
+            self.follows.len()
+        } else {
+            1
+        };
         for follow in self.follows.iter_mut().take(needed) {
             if let Some(answered) = follow.answered().await? {
                 self.held.get_or_insert(answered.held);
@@ -333,7 +372,9 @@ impl Inner {
     }
 
     async fn direct_chunk(&mut self, range: ByteRange) -> Result<Option<Bytes>, OpenError> {
-        let Some(direct) = &mut self.direct else { return Ok(None) };
+        let Some(direct) = &mut self.direct else {
+            return Ok(None);
+        };
         if direct.offset >= direct.end {
             return Ok(None);
         }

@@ -51,19 +51,30 @@ async fn requests_of_a_cold_read() {
     let log = world.s3.take_log();
     assert_eq!(log.len(), 1, "an object of a part is one request: {log:#?}");
 
-    let answer = world.get("/m/small", &[("if-match", &tag), ("range", "bytes=5-99")]).await;
-    assert_eq!((answer.status, answer.body.as_slice()), (206, &small[5..100]));
+    let answer = world
+        .get("/m/small", &[("if-match", &tag), ("range", "bytes=5-99")])
+        .await;
+    assert_eq!(
+        (answer.status, answer.body.as_slice()),
+        (206, &small[5..100])
+    );
     assert_eq!(answer.header("cache-status"), "pinrange; hit; detail=disk");
     assert_eq!(world.s3.stats().requests, 0, "warm");
 
     let other = bytes(2, 3 * PART);
     let tag = world.put("other", &other);
     let range = format!("bytes={}-{}", PART / 2, PART / 2 + PART - 1);
-    let answer = world.get("/m/other", &[("if-match", &tag), ("range", &range)]).await;
+    let answer = world
+        .get("/m/other", &[("if-match", &tag), ("range", &range)])
+        .await;
     assert_eq!(answer.status, 206);
     assert_eq!(answer.body, slice(&other, PART / 2, PART / 2 + PART));
     let log = world.s3.take_log();
-    assert_eq!(log.len(), 1, "a pinned range of a part, misaligned to parts: {log:#?}");
+    assert_eq!(
+        log.len(),
+        1,
+        "a pinned range of a part, misaligned to parts: {log:#?}"
+    );
     assert!(log[0].guarded);
     assert_eq!(log[0].op, Op::Get, "no HEAD precedes it");
 }
@@ -79,7 +90,10 @@ async fn one_request_before_the_first_byte() {
         // Nothing after the first request gets a byte until we have seen the first one's.
         world.s3.on_request(Some(Box::new(|request| {
             if request.op == Op::Get && request.range.as_deref() != Some("bytes=0-2097151") {
-                vec![Effect::StallAfter { bytes: 0, duration: None }]
+                vec![Effect::StallAfter {
+                    bytes: 0,
+                    duration: None,
+                }]
             } else {
                 Vec::new()
             }
@@ -89,7 +103,11 @@ async fn one_request_before_the_first_byte() {
         assert_eq!(status, 200);
         let first = body.frame().await.unwrap().unwrap().into_data().unwrap();
         assert_eq!(first, slice(&big, 0, first.len() as u64));
-        assert_eq!(world.s3.log()[0].range.as_deref(), Some("bytes=0-2097151"), "pinned: {pinned}");
+        assert_eq!(
+            world.s3.log()[0].range.as_deref(),
+            Some("bytes=0-2097151"),
+            "pinned: {pinned}"
+        );
         world.s3.on_request(None);
         world.s3.release_stalls();
         let rest = body.collect().await.unwrap().to_bytes();
@@ -111,7 +129,10 @@ async fn unguarded_reads_are_counted() {
         assert_eq!(answer.body, object);
     }
     let stats = world.s3.stats();
-    assert_eq!(stats.unguarded_gets, 1, "one label for all who came together");
+    assert_eq!(
+        stats.unguarded_gets, 1,
+        "one label for all who came together"
+    );
     assert_eq!(stats.body_bytes_sent, object.len() as u64);
 }
 
@@ -131,10 +152,16 @@ async fn staggered_ranges_leave_the_remote_once() {
                 let end = (offset + step).min(size);
                 let range = format!("bytes={offset}-{}", end - 1);
                 let answer = world
-                    .get("/m/object", &[("if-match", tag.as_str()), ("range", &range)])
+                    .get(
+                        "/m/object",
+                        &[("if-match", tag.as_str()), ("range", &range)],
+                    )
                     .await;
                 assert_eq!((answer.status, answer.cut), (206, false), "{range}");
-                assert!(answer.body == slice(&object, offset, end), "{range} has other bytes");
+                assert!(
+                    answer.body == slice(&object, offset, end),
+                    "{range} has other bytes"
+                );
                 offset = if end == size { 0 } else { end };
             }
         })
@@ -143,7 +170,10 @@ async fn staggered_ranges_leave_the_remote_once() {
         task.unwrap();
     }
     let stats = world.s3.stats();
-    assert_eq!(stats.body_bytes_sent, size, "each byte left the remote once");
+    assert_eq!(
+        stats.body_bytes_sent, size,
+        "each byte left the remote once"
+    );
     assert_eq!(stats.unguarded_gets, 0);
 }
 
@@ -167,9 +197,17 @@ async fn a_held_pin_needs_nobody() {
     assert_eq!(answer.body, slice(&old, 100, PART + 5));
     assert_eq!(world.s3.stats().requests, 0);
     let asked_first = [("if-match", pin.as_str()), ("cache-control", "no-cache")];
-    assert_eq!(world.get("/m/object", &asked_first).await.status, 503, "no-cache in an outage");
+    assert_eq!(
+        world.get("/m/object", &asked_first).await.status,
+        503,
+        "no-cache in an outage"
+    );
     world.s3.resume().await.unwrap();
-    assert_eq!(world.get("/m/object", &asked_first).await.status, 412, "no-cache asks first");
+    assert_eq!(
+        world.get("/m/object", &asked_first).await.status,
+        412,
+        "no-cache asks first"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -177,7 +215,11 @@ async fn an_outage_outranks_412_and_404() {
     let world = World::new().await;
     let tag = world.put("object", &bytes(8, PART));
     world.s3.stop_accepting().await;
-    for headers in [vec![("if-match", "\"elsewhere\"")], vec![("if-match", tag.as_str())], vec![]] {
+    for headers in [
+        vec![("if-match", "\"elsewhere\"")],
+        vec![("if-match", tag.as_str())],
+        vec![],
+    ] {
         let answer = world.get("/m/object", &headers).await;
         assert_eq!(answer.status, 503, "{headers:?}");
         assert!(!answer.header("retry-after").is_empty());
@@ -185,14 +227,30 @@ async fn an_outage_outranks_412_and_404() {
     }
     assert_eq!(world.get("/m/missing", &[]).await.status, 503);
     world.s3.resume().await.unwrap();
-    let lost = world.get("/m/object", &[("if-match", "\"elsewhere\"")]).await;
+    let lost = world
+        .get("/m/object", &[("if-match", "\"elsewhere\"")])
+        .await;
     assert_eq!(lost.status, 412);
     let problem: serde_json::Value = serde_json::from_slice(&lost.body).unwrap();
-    assert_eq!((&problem["status"], &problem["pinned"]), (&412.into(), &"\"elsewhere\"".into()));
+    assert_eq!(
+        (&problem["status"], &problem["pinned"]),
+        (&412.into(), &"\"elsewhere\"".into())
+    );
     assert_eq!(world.get("/m/missing", &[]).await.status, 404);
-    assert_eq!(world.get("/m/missing", &[("if-match", "\"x\"")]).await.status, 404);
+    assert_eq!(
+        world
+            .get("/m/missing", &[("if-match", "\"x\"")])
+            .await
+            .status,
+        404
+    );
     for (effect, status) in [
-        (Effect::SlowDown { retry_after: Some(7) }, 503),
+        (
+            Effect::SlowDown {
+                retry_after: Some(7),
+            },
+            503,
+        ),
         (Effect::InternalError, 503),
         (Effect::AccessDenied, 502),
         (Effect::WrongETag, 502),
@@ -200,10 +258,16 @@ async fn an_outage_outranks_412_and_404() {
         (Effect::IgnoreRange, 502),
     ] {
         world.s3.script(Fault::new(effect.clone()).times(2));
-        let answer = world.get("/m/object", &[("if-match", &tag), ("range", "bytes=0-9")]).await;
+        let answer = world
+            .get("/m/object", &[("if-match", &tag), ("range", "bytes=0-9")])
+            .await;
         assert_eq!(answer.status, status, "{effect:?}");
         if matches!(effect, Effect::SlowDown { .. }) {
-            assert_eq!(answer.header("retry-after"), "7", "S3's own advice is passed on");
+            assert_eq!(
+                answer.header("retry-after"),
+                "7",
+                "S3's own advice is passed on"
+            );
         }
         world.s3.clear_faults();
     }
@@ -213,15 +277,27 @@ async fn an_outage_outranks_412_and_404() {
 async fn a_reset_before_the_first_byte_is_no_206() {
     let world = World::new().await;
     let tag = world.put("object", &bytes(9, PART));
-    for headers in [vec![("if-match", tag.as_str()), ("range", "bytes=9-99")], vec![]] {
-        world.s3.script(Fault::new(Effect::ResetAfter { bytes: 0 }).on(Op::Get).times(2));
+    for headers in [
+        vec![("if-match", tag.as_str()), ("range", "bytes=9-99")],
+        vec![],
+    ] {
+        world.s3.script(
+            Fault::new(Effect::ResetAfter { bytes: 0 })
+                .on(Op::Get)
+                .times(2),
+        );
         let answer = world.get("/m/object", &headers).await;
         assert_eq!(answer.status, 503, "{headers:?}");
         world.s3.clear_faults();
     }
     // One reset is mended within the response.
-    world.s3.script(Fault::new(Effect::ResetAfter { bytes: 0 }).on(Op::Get));
-    assert_eq!(world.get("/m/object", &[("if-match", &tag)]).await.status, 200);
+    world
+        .s3
+        .script(Fault::new(Effect::ResetAfter { bytes: 0 }).on(Op::Get));
+    assert_eq!(
+        world.get("/m/object", &[("if-match", &tag)]).await.status,
+        200
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -232,7 +308,9 @@ async fn a_reset_is_resumed_at_the_exact_offset() {
     for headers in [vec![("if-match", tag.as_str())], vec![]] {
         world.purge("/m/*").await;
         world.s3.clear_log();
-        world.s3.script(Fault::new(Effect::ResetAfter { bytes: 700_001 }).on(Op::Get));
+        world
+            .s3
+            .script(Fault::new(Effect::ResetAfter { bytes: 700_001 }).on(Op::Get));
         let answer = world.get("/m/object", &headers).await;
         assert_eq!((answer.status, answer.cut), (200, false));
         assert_eq!(answer.body, object);
@@ -243,8 +321,12 @@ async fn a_reset_is_resumed_at_the_exact_offset() {
     }
     // Replaced meanwhile: cut, never spliced.
     world.purge("/m/*").await;
-    world.s3.script(Fault::new(Effect::ResetAfter { bytes: 700_001 }).on(Op::Get));
-    world.s3.script(Fault::new(Effect::After(replace("object", &bytes(11, PART)))).on(Op::Get));
+    world
+        .s3
+        .script(Fault::new(Effect::ResetAfter { bytes: 700_001 }).on(Op::Get));
+    world
+        .s3
+        .script(Fault::new(Effect::After(replace("object", &bytes(11, PART)))).on(Op::Get));
     let answer = world.get("/m/object", &[("if-match", &tag)]).await;
     assert!(answer.cut);
     assert_eq!(answer.body, object[..answer.body.len()]);
@@ -255,13 +337,17 @@ async fn the_head_waits_for_the_first_missing_stretch() {
     let world = World::new().await;
     let object = bytes(12, 2 * PART);
     let tag = world.put("object", &object);
-    let first = world.get("/m/object", &[("if-match", &tag), ("range", "bytes=0-99")]).await;
+    let first = world
+        .get("/m/object", &[("if-match", &tag), ("range", "bytes=0-99")])
+        .await;
     assert_eq!(first.status, 206);
     // The disk holds the start, S3 has another revision by now: 412, not 206 and a cut.
     world.put("object", &bytes(13, 2 * PART));
     let answer = world.get("/m/object", &[("if-match", &tag)]).await;
     assert_eq!(answer.status, 412);
-    let held = world.get("/m/object", &[("if-match", &tag), ("range", "bytes=0-99")]).await;
+    let held = world
+        .get("/m/object", &[("if-match", &tag), ("range", "bytes=0-99")])
+        .await;
     assert_eq!((held.status, held.body), (206, object[..100].to_vec()));
 }
 
@@ -282,7 +368,10 @@ async fn swap_between_any_two_requests() {
 }
 
 async fn swap(object: &Bytes, pinned: bool, step: u64, before: bool) {
-    let case = format!("{} bytes, pinned {pinned}, request {step}, before {before}", object.len());
+    let case = format!(
+        "{} bytes, pinned {pinned}, request {step}, before {before}",
+        object.len()
+    );
     let world = World::new().await;
     let other = bytes(16, object.len() as u64);
     let pin = world.put("object", object);
@@ -291,7 +380,11 @@ async fn swap(object: &Bytes, pinned: bool, step: u64, before: bool) {
     world.s3.on_request(Some(Box::new(move |_| {
         let nth = asked.fetch_add(1, Ordering::SeqCst) + 1;
         // Replaced at `step`, and replaced back and forth ever after.
-        let with = if (nth.wrapping_sub(step)).is_multiple_of(2) { &new } else { &old };
+        let with = if (nth.wrapping_sub(step)).is_multiple_of(2) {
+            &new
+        } else {
+            &old
+        };
         if nth < step {
             Vec::new()
         } else if before {
@@ -300,13 +393,27 @@ async fn swap(object: &Bytes, pinned: bool, step: u64, before: bool) {
             vec![Effect::After(replace("object", with))]
         }
     })));
-    let headers: Vec<(&str, &str)> = if pinned { vec![("if-match", &pin)] } else { vec![] };
+    let headers: Vec<(&str, &str)> = if pinned {
+        vec![("if-match", &pin)]
+    } else {
+        vec![]
+    };
     let answer = world.get("/m/object", &headers).await;
     match answer.status {
         200 => {
-            let revision = if answer.header("etag") == pin { object } else { &other };
-            assert!(!pinned || answer.header("etag") == pin, "{case}: labelled otherwise");
-            assert!(answer.body == revision[..answer.body.len()], "{case}: mixed");
+            let revision = if answer.header("etag") == pin {
+                object
+            } else {
+                &other
+            };
+            assert!(
+                !pinned || answer.header("etag") == pin,
+                "{case}: labelled otherwise"
+            );
+            assert!(
+                answer.body == revision[..answer.body.len()],
+                "{case}: mixed"
+            );
             if answer.cut {
                 assert!(object.len() as u64 > PART, "{case}: one GET, and cut");
             } else {
@@ -322,23 +429,36 @@ async fn swap(object: &Bytes, pinned: bool, step: u64, before: bool) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_swap_during_a_wide_download_cuts_it() {
     for versioned in [false, true] {
-        let world = World::with(Setup { versioned, ..Setup::default() }).await;
+        let world = World::with(Setup {
+            versioned,
+            ..Setup::default()
+        })
+        .await;
         let object = bytes(17, 24 * PART);
         let tag = world.put("object", &object);
         world.s3.script(
-            Fault::new(Effect::Before(replace("object", &bytes(18, 24 * PART)))).on(Op::Get).nth(12),
+            Fault::new(Effect::Before(replace("object", &bytes(18, 24 * PART))))
+                .on(Op::Get)
+                .nth(12),
         );
         let answer = world.get("/m/object", &[("if-match", &tag)]).await;
         assert_eq!(answer.status, 200);
         assert!(answer.body == object[..answer.body.len()], "mixed");
-        assert_eq!(answer.cut, !versioned, "where the bucket has versions nothing is cut");
+        assert_eq!(
+            answer.cut, !versioned,
+            "where the bucket has versions nothing is cut"
+        );
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unpinned_answers_follow_the_remote() {
     let fresh_for = Duration::from_millis(300);
-    let world = World::with(Setup { fresh_for, ..Setup::default() }).await;
+    let world = World::with(Setup {
+        fresh_for,
+        ..Setup::default()
+    })
+    .await;
     let old = bytes(19, PART);
     let new = bytes(20, PART);
     let old_tag = world.put("object", &old);
@@ -366,20 +486,37 @@ async fn unpinned_answers_follow_the_remote() {
     assert_eq!(world.s3.stats().body_bytes_sent, 0);
     // A dead pin is not handed out again, however fresh its label is.
     world.put("object", &old);
-    assert_eq!(world.get("/m/object", &[("cache-control", "no-cache")]).await.header("etag"), old_tag);
+    assert_eq!(
+        world
+            .get("/m/object", &[("cache-control", "no-cache")])
+            .await
+            .header("etag"),
+        old_tag
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_pin_is_not_handed_out_again() {
-    let world = World::with(Setup { fresh_for: Duration::from_secs(600), ..Setup::default() }).await;
+    let world = World::with(Setup {
+        fresh_for: Duration::from_secs(600),
+        ..Setup::default()
+    })
+    .await;
     let old = world.put("object", &bytes(21, 4 * PART));
     let head = world.ask(Method::HEAD, "/m/object", &[]).await;
     assert_eq!(head.header("etag"), old);
     let new_bytes = bytes(22, 4 * PART);
     let new = world.put("object", &new_bytes);
-    assert_eq!(world.get("/m/object", &[("if-match", &old)]).await.status, 412);
+    assert_eq!(
+        world.get("/m/object", &[("if-match", &old)]).await.status,
+        412
+    );
     let head = world.ask(Method::HEAD, "/m/object", &[]).await;
-    assert_eq!(head.header("etag"), new, "the label was believed for ten minutes, were it not for the 412");
+    assert_eq!(
+        head.header("etag"),
+        new,
+        "the label was believed for ten minutes, were it not for the 412"
+    );
     // An unpinned request that runs into a replaced object starts again by itself.
     let newer_bytes = bytes(23, 4 * PART);
     world.put("object", &newer_bytes);
@@ -391,7 +528,11 @@ async fn a_lost_pin_is_not_handed_out_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn stale_if_error_is_marked() {
     let fresh_for = Duration::from_millis(1);
-    let world = World::with(Setup { fresh_for, ..Setup::default() }).await;
+    let world = World::with(Setup {
+        fresh_for,
+        ..Setup::default()
+    })
+    .await;
     let object = bytes(24, PART);
     world.put("object", &object);
     assert_eq!(world.get("/m/object", &[]).await.status, 200);
@@ -400,8 +541,17 @@ async fn stale_if_error_is_marked() {
     let answer = world.get("/m/object", &[]).await;
     assert_eq!(answer.status, 200, "after a restart too");
     assert_eq!(answer.body, object);
-    assert_eq!(answer.header("cache-status"), "pinrange; hit; detail=stale-if-error");
-    assert_eq!(world.get("/m/object", &[("cache-control", "no-cache")]).await.status, 503);
+    assert_eq!(
+        answer.header("cache-status"),
+        "pinrange; hit; detail=stale-if-error"
+    );
+    assert_eq!(
+        world
+            .get("/m/object", &[("cache-control", "no-cache")])
+            .await
+            .status,
+        503
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -409,7 +559,10 @@ async fn a_restart_keeps_what_was_written() {
     let world = World::new().await;
     let object = bytes(25, 3 * PART + 1);
     let tag = world.put("object", &object);
-    assert_eq!(world.get("/m/object", &[("if-match", &tag)]).await.status, 200);
+    assert_eq!(
+        world.get("/m/object", &[("if-match", &tag)]).await.status,
+        200
+    );
     let world = world.restart().await;
     world.s3.stop_accepting().await;
     let answer = world.get("/m/object", &[("if-match", &tag)]).await;
@@ -422,7 +575,13 @@ async fn a_client_that_leaves_hurts_nobody() {
     let world = World::new().await;
     let object = bytes(26, PART);
     let tag = world.put("object", &object);
-    world.s3.script(Fault::new(Effect::StallAfter { bytes: 500_000, duration: None }).on(Op::Get));
+    world.s3.script(
+        Fault::new(Effect::StallAfter {
+            bytes: 500_000,
+            duration: None,
+        })
+        .on(Op::Get),
+    );
     let pinned = [("if-match", tag.as_str())];
     let (status, mut leaver) = world.begin("/m/object", &pinned).await;
     assert_eq!(status, 200);
@@ -442,15 +601,24 @@ async fn a_stalled_client_holds_no_fill() {
     let (status, stalled) = world.begin("/m/object", &[("if-match", &tag)]).await;
     assert_eq!(status, 200);
     // The fills run ahead as far as they may, and end.
-    world.s3.wait_for_log(|log| log.len() >= 8 && log.iter().all(|entry| entry.finished)).await;
+    world
+        .s3
+        .wait_for_log(|log| log.len() >= 8 && log.iter().all(|entry| entry.finished))
+        .await;
     let sent = world.s3.stats().body_bytes_sent;
-    assert!(sent <= 20 * PART, "{sent} bytes were fetched for a client that reads nothing");
+    assert!(
+        sent <= 20 * PART,
+        "{sent} bytes were fetched for a client that reads nothing"
+    );
     drop(stalled);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_without_room_fails_nothing() {
-    let full = Setup { min_free: MinFree::Percent(100.0), ..Setup::default() };
+    let full = Setup {
+        min_free: MinFree::Percent(100.0),
+        ..Setup::default()
+    };
     let world = World::with(full).await;
     let object = bytes(28, 3 * PART + 3);
     let tag = world.put("object", &object);
@@ -461,9 +629,15 @@ async fn a_disk_without_room_fails_nothing() {
     }
     let ranges = [("if-match", tag.as_str()), ("range", "bytes=-10")];
     let answer = world.get("/m/object", &ranges).await;
-    assert_eq!((answer.status, answer.body), (206, object[object.len() - 10..].to_vec()));
+    assert_eq!(
+        (answer.status, answer.body),
+        (206, object[object.len() - 10..].to_vec())
+    );
     world.put("object", &bytes(29, PART));
-    assert_eq!(world.get("/m/object", &[("if-match", &tag)]).await.status, 412);
+    assert_eq!(
+        world.get("/m/object", &[("if-match", &tag)]).await.status,
+        412
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -474,9 +648,17 @@ async fn purge_forgets_a_held_pin() {
     for what in ["/m/dir/object", "/m/dir/*", "/m/*"] {
         assert_eq!(world.get("/m/dir/object", &pinned).await.status, 200);
         world.s3.stop_accepting().await;
-        assert_eq!(world.get("/m/dir/object", &pinned).await.status, 200, "held");
+        assert_eq!(
+            world.get("/m/dir/object", &pinned).await.status,
+            200,
+            "held"
+        );
         assert_eq!(world.purge(what).await, 200);
-        assert_eq!(world.get("/m/dir/object", &pinned).await.status, 503, "{what}");
+        assert_eq!(
+            world.get("/m/dir/object", &pinned).await.status,
+            503,
+            "{what}"
+        );
         world.s3.resume().await.unwrap();
     }
     world.s3.delete("bucket", "dir/object").unwrap();
@@ -506,21 +688,57 @@ async fn ranges_and_conditions_cold_and_warm() {
         (&[("range", "bytes=-0")], 416, None),
         (&[("range", "bytes=5-2")], 200, Some((0, size))),
         (&[("range", "lines=5-9")], 200, Some((0, size))),
-        (&[("if-match", "*"), ("range", "bytes=1-1")], 206, Some((1, 2))),
-        (&[("if-match", &list), ("range", "bytes=1-2")], 206, Some((1, 3))),
-        (&[("if-match", &bare), ("range", "bytes=1-2")], 206, Some((1, 3))),
+        (
+            &[("if-match", "*"), ("range", "bytes=1-1")],
+            206,
+            Some((1, 2)),
+        ),
+        (
+            &[("if-match", &list), ("range", "bytes=1-2")],
+            206,
+            Some((1, 3)),
+        ),
+        (
+            &[("if-match", &bare), ("range", "bytes=1-2")],
+            206,
+            Some((1, 3)),
+        ),
         (&[("if-match", &weak)], 412, None),
         (&[("if-match", "\"a\", \"b\"")], 412, None),
         (&[("if-match", "\"a")], 400, None),
-        (&[("if-match", &tag), ("range", "bytes=99999999999-")], 416, None),
-        (&[("if-match", &tag), ("range", "bytes=-7")], 206, Some((size - 7, size))),
+        (
+            &[("if-match", &tag), ("range", "bytes=99999999999-")],
+            416,
+            None,
+        ),
+        (
+            &[("if-match", &tag), ("range", "bytes=-7")],
+            206,
+            Some((size - 7, size)),
+        ),
         (&[("if-none-match", &tag)], 304, None),
         (&[("if-none-match", "\"a\"")], 200, Some((0, size))),
         (&[("if-match", &tag), ("if-none-match", &tag)], 304, None),
-        (&[("if-range", &tag), ("range", "bytes=3-5")], 206, Some((3, 6))),
-        (&[("if-range", "\"a\""), ("range", "bytes=3-5")], 200, Some((0, size))),
-        (&[("if-modified-since", "Fri, 01 Jan 2100 00:00:00 GMT")], 304, None),
-        (&[("if-unmodified-since", "Mon, 01 Jan 2001 00:00:00 GMT")], 412, None),
+        (
+            &[("if-range", &tag), ("range", "bytes=3-5")],
+            206,
+            Some((3, 6)),
+        ),
+        (
+            &[("if-range", "\"a\""), ("range", "bytes=3-5")],
+            200,
+            Some((0, size)),
+        ),
+        (
+            &[("if-modified-since", "Fri, 01 Jan 2100 00:00:00 GMT")],
+            304,
+            None,
+        ),
+        (
+            &[("if-unmodified-since", "Mon, 01 Jan 2001 00:00:00 GMT")],
+            412,
+            None,
+        ),
     ];
     for (headers, status, range) in cases {
         for temperature in ["cold", "warm"] {
@@ -533,18 +751,33 @@ async fn ranges_and_conditions_cold_and_warm() {
             let answer = world.get("/m/object", headers).await;
             assert_eq!((answer.status, answer.cut), (*status, false), "{case}");
             if let Some((start, end)) = range {
-                assert!(answer.body == slice(&object, *start, *end), "{case}: other bytes");
+                assert!(
+                    answer.body == slice(&object, *start, *end),
+                    "{case}: other bytes"
+                );
                 assert_eq!(answer.header("etag"), tag, "{case}");
                 assert_eq!(answer.header("accept-ranges"), "bytes", "{case}");
                 let content_range = format!("bytes {start}-{}/{size}", end - 1);
-                let expected = if *status == 206 { content_range.as_str() } else { "" };
+                let expected = if *status == 206 {
+                    content_range.as_str()
+                } else {
+                    ""
+                };
                 assert_eq!(answer.header("content-range"), expected, "{case}");
             }
             if *status == 416 {
-                assert_eq!(answer.header("content-range"), format!("bytes */{size}"), "{case}");
+                assert_eq!(
+                    answer.header("content-range"),
+                    format!("bytes */{size}"),
+                    "{case}"
+                );
             }
             if *status == 304 {
-                assert_eq!((answer.body.len(), answer.header("etag")), (0, tag.as_str()), "{case}");
+                assert_eq!(
+                    (answer.body.len(), answer.header("etag")),
+                    (0, tag.as_str()),
+                    "{case}"
+                );
                 assert_eq!(answer.header("content-length"), "", "{case}");
             }
         }
@@ -566,10 +799,14 @@ async fn several_ranges_are_multipart() {
     let far = 2 * PART - 20;
     let range = format!("bytes=5-9,100-199,150-250,{far}-");
     for _ in 0..2 {
-        let answer = world.get("/m/object", &[("if-match", &tag), ("range", &range)]).await;
+        let answer = world
+            .get("/m/object", &[("if-match", &tag), ("range", &range)])
+            .await;
         assert_eq!((answer.status, answer.cut), (206, false));
-        let boundary =
-            answer.header("content-type").strip_prefix("multipart/byteranges; boundary=").unwrap();
+        let boundary = answer
+            .header("content-type")
+            .strip_prefix("multipart/byteranges; boundary=")
+            .unwrap();
         let mut expected = Vec::new();
         let parts = [(5, 10), (100, 251), (far, 2 * PART)];
         for (index, (start, end)) in parts.into_iter().enumerate() {
@@ -587,17 +824,30 @@ async fn several_ranges_are_multipart() {
         }
         expected.extend_from_slice(format!("\r\n--{boundary}--\r\n").as_bytes());
         let strip = |body: &[u8]| {
-            String::from_utf8_lossy(body).lines().filter(|l| !l.starts_with("Content-Type")).count()
+            String::from_utf8_lossy(body)
+                .lines()
+                .filter(|l| !l.starts_with("Content-Type"))
+                .count()
         };
         // S3 chooses the default content type; everything else is ours.
         assert_eq!(strip(&answer.body), strip(&expected));
         for (start, end) in parts {
             let wanted = slice(&object, start, end);
-            assert!(answer.body.windows(wanted.len()).any(|window| window == wanted));
+            assert!(
+                answer
+                    .body
+                    .windows(wanted.len())
+                    .any(|window| window == wanted)
+            );
         }
     }
-    let bomb = (0..100).map(|i| format!("{0}-{0}", i * 10)).collect::<Vec<_>>().join(",");
-    let answer = world.get("/m/object", &[("range", &format!("bytes={bomb}"))]).await;
+    let bomb = (0..100)
+        .map(|i| format!("{0}-{0}", i * 10))
+        .collect::<Vec<_>>()
+        .join(",");
+    let answer = world
+        .get("/m/object", &[("range", &format!("bytes={bomb}"))])
+        .await;
     assert_eq!(answer.status, 416);
 }
 
@@ -608,22 +858,37 @@ async fn heads_answer_for_their_gets() {
     let tag = world.put("object", &object);
     let pinned = [("if-match", tag.as_str()), ("range", "bytes=0-9")];
     let head = world.ask(Method::HEAD, "/m/object", &pinned).await;
-    assert_eq!((head.status, head.header("content-length")), (200, "4194304"), "Range is ignored");
+    assert_eq!(
+        (head.status, head.header("content-length")),
+        (200, "4194304"),
+        "Range is ignored"
+    );
     assert_eq!(world.get("/m/object", &pinned).await.status, 206);
     world.put("object", &bytes(34, PART));
-    let head = world.ask(Method::HEAD, "/m/object", &[("if-match", &tag)]).await;
+    let head = world
+        .ask(Method::HEAD, "/m/object", &[("if-match", &tag)])
+        .await;
     assert_eq!(head.status, 412, "held in part: S3 is asked");
     assert_eq!(world.ask(Method::HEAD, "/m/missing", &[]).await.status, 404);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn fields_pass_through_and_are_renewed() {
-    let world = World::with(Setup { fresh_for: Duration::ZERO, ..Setup::default() }).await;
+    let world = World::with(Setup {
+        fresh_for: Duration::ZERO,
+        ..Setup::default()
+    })
+    .await;
     let object = bytes(35, BLOCK);
     let put = |content_type: &str| {
-        let options =
-            PutOptions { content_type: Some(content_type.to_owned()), ..PutOptions::default() };
-        world.s3.put("bucket", "object", object.clone(), options).unwrap();
+        let options = PutOptions {
+            content_type: Some(content_type.to_owned()),
+            ..PutOptions::default()
+        };
+        world
+            .s3
+            .put("bucket", "object", object.clone(), options)
+            .unwrap();
     };
     put("application/x-first");
     let answer = world.get("/m/object", &[]).await;
@@ -668,7 +933,10 @@ async fn requests_that_are_refused() {
         if status >= 400 {
             assert_eq!(answer.header("content-type"), "application/problem+json");
             let text = String::from_utf8(answer.body).unwrap();
-            assert!(!text.contains("bucket") && !text.contains("127.0.0.1"), "leaks: {text}");
+            assert!(
+                !text.contains("bucket") && !text.contains("127.0.0.1"),
+                "leaks: {text}"
+            );
         }
     }
 }
@@ -682,5 +950,8 @@ async fn metrics_tell_the_story() {
     }
     let metrics = world.metrics().await;
     assert!(metrics.contains("pinrange_"), "{metrics}");
-    assert!(!metrics.contains("object"), "a key became a label: {metrics}");
+    assert!(
+        !metrics.contains("object"),
+        "a key became a label: {metrics}"
+    );
 }

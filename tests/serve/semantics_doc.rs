@@ -10,14 +10,29 @@ const DOCUMENT: &str = include_str!("../../docs/SEMANTICS.md");
 const SMALL: &str = "abcdefghijklmnopqrstuvwxyz";
 
 fn put(world: &World, key: &str, text: &str) -> String {
-    let options =
-        PutOptions { content_type: Some("text/plain".to_owned()), ..PutOptions::default() };
-    world.s3.put("bucket", key, Bytes::copy_from_slice(text.as_bytes()), options).unwrap().etag
+    let options = PutOptions {
+        content_type: Some("text/plain".to_owned()),
+        ..PutOptions::default()
+    };
+    world
+        .s3
+        .put(
+            "bucket",
+            key,
+            Bytes::copy_from_slice(text.as_bytes()),
+            options,
+        )
+        .unwrap()
+        .etag
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_examples_of_the_document_are_true() {
-    let world = World::with(Setup { retries: 0, ..Setup::default() }).await;
+    let world = World::with(Setup {
+        retries: 0,
+        ..Setup::default()
+    })
+    .await;
     let etag = put(&world, "alphabet", SMALL);
     put(&world, "empty", "");
     let mut blocks = 0;
@@ -30,7 +45,10 @@ async fn the_examples_of_the_document_are_true() {
 }
 
 async fn run(world: &World, etag: &str, block: &str) {
-    let fill = |text: &str| text.replace("{etag}", etag).replace("{other}", "\"nobody-has-this\"");
+    let fill = |text: &str| {
+        text.replace("{etag}", etag)
+            .replace("{other}", "\"nobody-has-this\"")
+    };
     let mut sent: Option<(Method, String)> = None;
     let mut headers: Vec<(String, String)> = Vec::new();
     let mut answer = None;
@@ -57,8 +75,10 @@ async fn run(world: &World, etag: &str, block: &str) {
         } else if let Some(line) = line.strip_prefix("< ") {
             if answer.is_none() {
                 let (method, path) = sent.clone().unwrap();
-                let headers: Vec<_> =
-                    headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+                let headers: Vec<_> = headers
+                    .iter()
+                    .map(|(name, value)| (name.as_str(), value.as_str()))
+                    .collect();
                 answer = Some(world.ask(method, &path, &headers).await);
             }
             let answer = answer.as_ref().unwrap();
@@ -71,7 +91,11 @@ async fn run(world: &World, etag: &str, block: &str) {
             }
         } else if let Some(body) = line.strip_prefix("body:") {
             let answer = answer.as_ref().unwrap();
-            assert_eq!(String::from_utf8_lossy(&answer.body), body.trim_start(), "{block}");
+            assert_eq!(
+                String::from_utf8_lossy(&answer.body),
+                body.trim_start(),
+                "{block}"
+            );
             assert!(!answer.cut, "{block}");
         } else {
             panic!("what is {line:?}?");

@@ -59,7 +59,9 @@ pub(crate) struct Answer {
 
 impl Answer {
     pub(crate) fn header(&self, name: &str) -> &str {
-        self.headers.get(name).map_or("", |value| value.to_str().unwrap())
+        self.headers
+            .get(name)
+            .map_or("", |value| value.to_str().unwrap())
     }
 }
 
@@ -102,7 +104,13 @@ impl World {
         let replica = Replica::start(&config, &credentials()).await.unwrap();
         s3.clear_log();
         let client = Client::builder(TokioExecutor::new()).build_http();
-        Self { s3, replica, config, client, _dir: dir }
+        Self {
+            s3,
+            replica,
+            config,
+            client,
+            _dir: dir,
+        }
     }
 
     /// Stops the replica in order and starts another over the same directory.
@@ -115,7 +123,10 @@ impl World {
 
     /// Puts an object; its `ETag`, quotes included.
     pub(crate) fn put(&self, key: &str, bytes: &Bytes) -> String {
-        self.s3.put("bucket", key, bytes.clone(), PutOptions::default()).unwrap().etag
+        self.s3
+            .put("bucket", key, bytes.clone(), PutOptions::default())
+            .unwrap()
+            .etag
     }
 
     pub(crate) fn url(&self, path: &str) -> String {
@@ -141,7 +152,12 @@ impl World {
                 }
             }
         }
-        Answer { status: head.status.as_u16(), headers: head.headers, body, cut }
+        Answer {
+            status: head.status.as_u16(),
+            headers: head.headers,
+            body,
+            cut,
+        }
     }
 
     pub(crate) async fn get(&self, path: &str, headers: &[(&str, &str)]) -> Answer {
@@ -158,7 +174,11 @@ impl World {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let response = self.client.request(request.body(Empty::new()).unwrap()).await.unwrap();
+        let response = self
+            .client
+            .request(request.body(Empty::new()).unwrap())
+            .await
+            .unwrap();
         (response.status(), response.into_body())
     }
 
@@ -172,7 +192,9 @@ impl World {
     }
 
     pub(crate) async fn metrics(&self) -> String {
-        let uri = format!("http://{}/metrics", self.replica.admin).parse().unwrap();
+        let uri = format!("http://{}/metrics", self.replica.admin)
+            .parse()
+            .unwrap();
         let body = self.client.get(uri).await.unwrap().into_body();
         String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap()
     }
