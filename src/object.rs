@@ -24,10 +24,7 @@ pub struct ObjectKey {
 impl ObjectKey {
     /// Names the object `key` (the mount's prefix included) of `store`.
     pub fn new(store: impl Into<Arc<str>>, key: impl Into<Arc<str>>) -> Self {
-        Self {
-            store: store.into(),
-            key: key.into(),
-        }
+        Self { store: store.into(), key: key.into() }
     }
 
     /// The identity of endpoint and bucket.
@@ -68,10 +65,7 @@ impl Validator {
             .strip_prefix('"')
             .and_then(|rest| rest.strip_suffix('"'))
             .ok_or_else(|| InvalidValidator(value.to_owned()))?;
-        if inner
-            .bytes()
-            .all(|b| b == 0x21 || (0x23..=0x7e).contains(&b))
-        {
+        if inner.bytes().all(|b| b == 0x21 || (0x23..=0x7e).contains(&b)) {
             Ok(Self(value.into()))
         } else {
             Err(InvalidValidator(value.to_owned()))

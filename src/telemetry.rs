@@ -8,14 +8,7 @@ pub struct Metrics(Arc<()>);
 
 impl Metrics {
     /// One answered request.
-    pub fn request(
-        &self,
-        _verdict: &'static str,
-        _tier: &'static str,
-        _ttfb: Duration,
-        _total: Duration,
-    ) {
-    }
+    pub fn request(&self, _verdict: &'static str, _tier: &'static str, _ttfb: Duration, _total: Duration) {}
     /// Body bytes sent to clients from this tier.
     pub fn sent_bytes(&self, _tier: &'static str, _bytes: u64) {}
     /// One S3 request: `op` is stat, read or read_current; `result` is ok or a `RemoteErrorKind` label.

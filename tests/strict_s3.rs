@@ -305,7 +305,7 @@ async fn ranges_are_answered_as_on_s3() {
 }
 
 #[tokio::test]
-async fn the_sdk_reads_writes_lists_and_deletes() {
+async fn the_sdk_reads_writes_and_deletes() {
     let server = start().await;
     let client = sdk(&server, "any secret will do");
     let body = pattern(300_000);
@@ -353,6 +353,28 @@ async fn the_sdk_reads_writes_lists_and_deletes() {
         .await;
     assert_eq!(again.unwrap_err().code(), Some("PreconditionFailed"));
 
+    client
+        .delete_object()
+        .bucket("bkt")
+        .key(KEY)
+        .send()
+        .await
+        .unwrap();
+    let gone = client
+        .get_object()
+        .bucket("bkt")
+        .key(KEY)
+        .send()
+        .await
+        .unwrap_err();
+    assert_eq!(gone.code(), Some("NoSuchKey"));
+}
+
+#[tokio::test]
+async fn the_sdk_lists_objects_and_buckets() {
+    let server = start().await;
+    let client = sdk(&server, "s");
+    let etag = put(&server, &pattern(300_000));
     for key in ["dir/a", "dir/sub/b", "z"] {
         client
             .put_object()
@@ -382,21 +404,15 @@ async fn the_sdk_reads_writes_lists_and_deletes() {
     assert_eq!(second.common_prefixes()[0].prefix(), Some("dir/sub/"));
     assert_eq!(second.is_truncated(), Some(false));
 
-    client
-        .delete_object()
+    let owned = client
+        .create_bucket()
         .bucket("bkt")
-        .key(KEY)
-        .send()
-        .await
-        .unwrap();
-    let gone = client
-        .get_object()
-        .bucket("bkt")
-        .key(KEY)
         .send()
         .await
         .unwrap_err();
-    assert_eq!(gone.code(), Some("NoSuchKey"));
+    assert_eq!(owned.code(), Some("BucketAlreadyOwnedByYou"));
+    client.create_bucket().bucket("fresh").send().await.unwrap();
+    client.head_bucket().bucket("fresh").send().await.unwrap();
     client.head_bucket().bucket("bkt").send().await.unwrap();
     client
         .get_bucket_location()

@@ -89,9 +89,7 @@ pub struct DiskTier;
 #[derive(Debug, thiserror::Error)]
 pub enum DiskError {
     /// Another process holds the directory.
-    #[error(
-        "the cache directory {dir} is in use by another process (pid {pid}); stop it or give this one a directory of its own"
-    )]
+    #[error("the cache directory {dir} is in use by another process (pid {pid}); stop it or give this one a directory of its own")]
     Locked {
         /// The directory.
         dir: PathBuf,
@@ -191,11 +189,7 @@ impl DiskTier {
         todo!()
     }
     /// The held entry for this revision, made if need be; stored headers replaced by these.
-    pub async fn admit(
-        &self,
-        _key: &ObjectKey,
-        _representation: &Representation,
-    ) -> Result<Arc<HeldRevision>, DiskError> {
+    pub async fn admit(&self, _key: &ObjectKey, _representation: &Representation) -> Result<Arc<HeldRevision>, DiskError> {
         todo!()
     }
     /// What was current when last asked; survives a restart.
@@ -276,11 +270,7 @@ impl HeldRevision {
     }
     /// A sequential writer for `range` (block-aligned start; end block-aligned or the object's end), taking its room from
     /// `reservation`. Pins the segments against eviction until dropped.
-    pub async fn writer(
-        self: &Arc<Self>,
-        _range: ByteRange,
-        _reservation: Reservation,
-    ) -> Result<BlockWriter, DiskError> {
+    pub async fn writer(self: &Arc<Self>, _range: ByteRange, _reservation: Reservation) -> Result<BlockWriter, DiskError> {
         todo!()
     }
 }

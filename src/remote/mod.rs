@@ -51,10 +51,7 @@ pub struct RemoteRead {
 }
 
 /// What a self-labelling read found.
-#[expect(
-    clippy::exhaustive_enums,
-    reason = "closed: the two answers a conditional read can have"
-)]
+#[expect(clippy::exhaustive_enums, reason = "closed: the two answers a conditional read can have")]
 pub enum Current {
     /// The object is (still) at the validator that was sent along.
     NotModified {
@@ -118,10 +115,7 @@ pub enum Fault {
 /// What went wrong between us and the remote. A closed set: each has exactly one answer in
 /// `tiers::settle` and a metric label.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(
-    clippy::exhaustive_enums,
-    reason = "closed: every kind must be given an answer"
-)]
+#[expect(clippy::exhaustive_enums, reason = "closed: every kind must be given an answer")]
 pub enum RemoteErrorKind {
     /// The guard failed: the object is at another revision.
     Mismatch,
@@ -208,11 +202,6 @@ pub struct RemoteError {
 impl RemoteError {
     /// An error without a cause below it.
     pub fn new(kind: RemoteErrorKind, op: &'static str, detail: impl Into<String>) -> Self {
-        Self {
-            kind,
-            op,
-            detail: detail.into(),
-            source: None,
-        }
+        Self { kind, op, detail: detail.into(), source: None }
     }
 }

@@ -10,10 +10,7 @@ pub struct EntityTag {
 impl EntityTag {
     /// A strong tag with this opaque part (without quotes).
     pub fn strong(opaque: &[u8]) -> Self {
-        Self {
-            weak: false,
-            opaque: opaque.into(),
-        }
+        Self { weak: false, opaque: opaque.into() }
     }
     /// Whether it starts with `W/`.
     pub fn is_weak(&self) -> bool {

@@ -29,9 +29,7 @@ impl RangeSpec {
     /// Applies the spec to a representation of `size` bytes, clamping (RFC 9110 §14.1.2). `None`: unsatisfiable.
     pub fn resolve(self, size: u64) -> Option<ByteRange> {
         match self {
-            Self::Closed { first, last } => {
-                ByteRange::from_bounds(first, last.saturating_add(1).min(size))
-            }
+            Self::Closed { first, last } => ByteRange::from_bounds(first, last.saturating_add(1).min(size)),
             Self::From(first) => ByteRange::from_bounds(first, size),
             Self::Suffix(length) => ByteRange::from_bounds(size.saturating_sub(length), size),
         }
@@ -75,30 +73,17 @@ impl ByteRange {
     /// At most its first `len` bytes.
     #[must_use]
     pub fn take(self, len: NonZeroU64) -> Self {
-        Self {
-            start: self.start,
-            len: self.len.min(len),
-        }
+        Self { start: self.start, len: self.len.min(len) }
     }
     /// Grown to multiples of `block` on both sides, the end not beyond `size`.
     #[must_use]
     pub fn align_outward(self, block: NonZeroU64, size: u64) -> Self {
         let start = self.start - self.start % block;
-        let end = self
-            .end()
-            .next_multiple_of(block.get())
-            .min(size)
-            .max(self.end());
-        Self {
-            start,
-            len: NonZeroU64::new(end - start).unwrap_or(self.len),
-        }
+        let end = self.end().next_multiple_of(block.get()).min(size).max(self.end());
+        Self { start, len: NonZeroU64::new(end - start).unwrap_or(self.len) }
     }
     /// The closed form to ask a remote for.
     pub fn spec(self) -> RangeSpec {
-        RangeSpec::Closed {
-            first: self.start,
-            last: self.last(),
-        }
+        RangeSpec::Closed { first: self.start, last: self.last() }
     }
 }

@@ -25,13 +25,13 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_perc
 use s3s::auth::{S3Auth, SecretKey};
 use s3s::dto::{
     AbortMultipartUploadInput, AbortMultipartUploadOutput, Bucket, CommonPrefix,
-    CompleteMultipartUploadInput, CompleteMultipartUploadOutput, CreateMultipartUploadInput,
-    CreateMultipartUploadOutput, DeleteObjectInput, DeleteObjectOutput, ETag, ETagCondition,
-    EncodingType, GetBucketLocationInput, GetBucketLocationOutput, HeadBucketInput,
-    HeadBucketOutput, ListBucketsInput, ListBucketsOutput, ListObjectsInput, ListObjectsOutput,
-    ListObjectsV2Input, ListObjectsV2Output, Metadata as UserMetadata, Object as ListedObject,
-    PutObjectInput, PutObjectOutput, StreamingBlob, Timestamp, TimestampFormat, UploadPartInput,
-    UploadPartOutput,
+    CompleteMultipartUploadInput, CompleteMultipartUploadOutput, CreateBucketInput,
+    CreateBucketOutput, CreateMultipartUploadInput, CreateMultipartUploadOutput, DeleteObjectInput,
+    DeleteObjectOutput, ETag, ETagCondition, EncodingType, GetBucketLocationInput,
+    GetBucketLocationOutput, HeadBucketInput, HeadBucketOutput, ListBucketsInput,
+    ListBucketsOutput, ListObjectsInput, ListObjectsOutput, ListObjectsV2Input,
+    ListObjectsV2Output, Metadata as UserMetadata, Object as ListedObject, PutObjectInput,
+    PutObjectOutput, StreamingBlob, Timestamp, TimestampFormat, UploadPartInput, UploadPartOutput,
 };
 use s3s::route::S3Route;
 use s3s::{Body, S3, S3Error, S3ErrorCode, S3Request, S3Response, S3Result, s3_error};
@@ -155,6 +155,7 @@ impl From<StoreError> for S3Error {
         let message = error.to_string();
         let (code, fields) = match &error {
             StoreError::NoSuchBucket => (S3ErrorCode::NoSuchBucket, HeaderMap::new()),
+            StoreError::BucketExists => (S3ErrorCode::BucketAlreadyOwnedByYou, HeaderMap::new()),
             StoreError::NoSuchKey { marker } => {
                 let mut fields = HeaderMap::new();
                 if let Some(id) = marker
@@ -613,6 +614,15 @@ impl S3 for Service {
             encoding_type: input.encoding_type,
             ..Default::default()
         }))
+    }
+
+    /// Some clients ask for the bucket before every upload and are content to hear that they have it.
+    async fn create_bucket(
+        &self,
+        request: S3Request<CreateBucketInput>,
+    ) -> S3Result<S3Response<CreateBucketOutput>> {
+        self.store.create_bucket(&request.input.bucket)?;
+        Ok(S3Response::new(CreateBucketOutput::default()))
     }
 
     async fn head_bucket(
