@@ -2,8 +2,8 @@
 
     cargo build --release && python3 scripts/fleet-test.py --pinrange target/release/pinrange
 
-Three replicas behind HAProxy (deploy/haproxy.cfg) in front of Garage. The object is overwritten as often as asked, or as
-fast as Garage takes it, first at --fast, then at --slow. Meanwhile four kinds of clients download it, each again and
+Three replicas behind HAProxy (deploy/haproxy.cfg) in front of Garage. The object is overwritten by one of
+--revisions prepared ones after the other, first at --fast, then at --slow. Meanwhile four kinds of clients download it, each again and
 again. Every file that a client calls finished must be exactly one revision, and the pinned one where it
 pinned one; `pinrange get` must also get through while the object changes slowly.
 
@@ -67,6 +67,7 @@ def arguments():
     parser.add_argument("--fast-for", type=float, default=30, metavar="S", help="for so long [30]")
     parser.add_argument("--slow", type=float, default=5, metavar="S", help="then overwritten every S seconds [5]")
     parser.add_argument("--slow-for", type=float, default=60, metavar="S", help="for so long [60]")
+    parser.add_argument("--revisions", type=int, default=16, metavar="N", help="that take turns [16]")
     parser.add_argument("--gets", type=int, default=5, help="how often `get` must finish in the slow phase [5]")
     parser.add_argument("--capacity", default="2GiB", help="of each replica's disk tier [2GiB]")
     parser.add_argument("--dir", help="where to work; needs room for the caches and for what Garage keeps of the revisions")
@@ -97,7 +98,10 @@ def run(options, directory):
     uploads = revisions.Revisions(options.size)
     with stack.Processes(directory) as processes:
         garage = stack.Garage(processes, directory)
-        uploads.uploaded(0, garage.put(uploads.bytes_of(0)))
+        keys = [f"revision/{number}" for number in range(options.revisions)]
+        for number, key in enumerate(keys):
+            uploads.uploaded(number, garage.put(key, uploads.bytes_of(number)))
+        garage.overwrite(keys[0])
         if options.direct:
             garage.publish()
             fleet, address = None, ("localhost", garage.web_port, f"/{stack.OBJECT}")
@@ -126,7 +130,7 @@ def run(options, directory):
                 begun, first = time.monotonic(), number
                 while time.monotonic() < begun + seconds:
                     started, number = time.monotonic(), number + 1
-                    uploads.uploaded(number, garage.put(uploads.bytes_of(number)))
+                    garage.overwrite(keys[number % len(keys)])
                     time.sleep(max(0, min(started + every, begun + seconds) - time.monotonic()))
                 took, count = time.monotonic() - begun, number - first
                 phases.append({"phase": phase, "asked": every, "revisions": count, "every": round(took / count, 2)})

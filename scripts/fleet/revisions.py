@@ -8,14 +8,13 @@ revision exactly if its MD5 is that revision's ETag.
 import hashlib
 import random
 import struct
-import threading
 
 PAGE = 4096
 HEADER = struct.Struct("<QQ")
 
 
 class Revisions:
-    """What was uploaded. Of use to the one uploading thread and to any number of judging threads."""
+    """The revisions that there are. Once all were uploaded, any number of threads may judge."""
 
     def __init__(self, size):
         if size % PAGE:
@@ -25,7 +24,6 @@ class Revisions:
         for offset in range(0, size, PAGE):
             HEADER.pack_into(self._buffer, offset, 0, offset)
         self._numbers = {}
-        self._uploaded = threading.Condition()
 
     def bytes_of(self, number):
         """The bytes of a revision, valid until the next call."""
@@ -34,9 +32,7 @@ class Revisions:
         return memoryview(self._buffer)
 
     def uploaded(self, number, etag):
-        with self._uploaded:
-            self._numbers[etag] = number
-            self._uploaded.notify_all()
+        self._numbers[etag] = number
 
     def judge(self, path, pin):
         """None if the file is the pinned revision, or without a pin any one revision; else what is wrong with it."""
@@ -45,12 +41,10 @@ class Revisions:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
         etag = f'"{digest.hexdigest()}"'
-        if pin is not None:
-            return None if etag == pin else f"pinned {pin}, but the file {self._describe(path, etag)}"
-        with self._uploaded:
-            # A client may be done with a revision before its uploader has heard that the PUT succeeded.
-            known = self._uploaded.wait_for(lambda: etag in self._numbers, timeout=5)
-        return None if known else f"the file {self._describe(path, etag)}"
+        if etag == pin or (pin is None and etag in self._numbers):
+            return None
+        pinned = f"pinned {self._numbers.get(pin, pin)}, but " if pin else ""
+        return f"{pinned}the file {self._describe(path, etag)}"
 
     def _describe(self, path, etag):
         """What the file is made of, for the report."""
