@@ -176,7 +176,7 @@ mod tests {
                     prefix: "p/".to_owned(),
                     remote: Arc::new(MemoryRemote::new()),
                     fresh_for: Duration::from_secs(2),
-                    stale_if_error: Duration::from_secs(300),
+                    stale_if_error: Duration::from_mins(5),
                     forbidden: ForbiddenAs::BadGateway,
                     retries: 0,
                 })

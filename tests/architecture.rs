@@ -1,6 +1,8 @@
 //! The layers, held against the code: a `use` that points up, a status code outside
 //! `server/respond.rs` or the AWS SDK outside `remote/s3.rs` fails here.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -263,7 +263,10 @@ async fn passes_the_trace_on() {
     let read = TRACEPARENT.scope(Some(trace.into()), remote.read(&guard, TEN));
     assert_eq!(collect(read.await.unwrap()).await.unwrap(), b"0123456789");
     let request = &wire.requests()[0];
-    assert!(request.contains(&format!("\r\ntraceparent: {trace}\r\n")), "{request}");
+    assert!(
+        request.contains(&format!("\r\ntraceparent: {trace}\r\n")),
+        "{request}"
+    );
 }
 
 /// P1: whatever does not fit is refused before a byte of it is handed on.

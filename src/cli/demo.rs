@@ -211,8 +211,10 @@ impl Stage {
         step.await.with_context(|| name.to_owned())?;
         let elapsed = started.elapsed().as_secs_f64();
         let stats = self.s3.stats();
-        let throughput = unique as f64 / elapsed / 1e6;
-        let amplification = stats.body_bytes_sent as f64 / unique as f64;
+        #[expect(clippy::cast_precision_loss, reason = "three digits of it are printed")]
+        let (unique, sent) = (unique as f64, stats.body_bytes_sent as f64);
+        let throughput = unique / elapsed / 1e6;
+        let amplification = sent / unique;
         println!(
             "{name:<44} {elapsed:>6.2} s {throughput:>7.0} MB/s {:>12} {amplification:>12.2}",
             stats.requests

@@ -52,7 +52,10 @@ use super::{ByteRange, EntityTag, EntityTagList, RangeSpec, trim_ows};
 
 /// The methods that are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "closed: other methods are refused before")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: other methods are refused before"
+)]
 pub enum Method {
     /// GET
     Get,
@@ -181,7 +184,10 @@ pub struct RepresentationMetadata {
 
 /// What the answer is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "closed: each has exactly one status")]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: each has exactly one status"
+)]
 pub enum Verdict {
     /// Everything: 200.
     Full,

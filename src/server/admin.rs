@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `GET /healthz` | the process is alive |
 //! | `GET /readyz` | requests are served: 503 while starting or draining |
-//! | `GET /metrics` | OpenMetrics, as Prometheus reads it |
+//! | `GET /metrics` | `OpenMetrics`, as Prometheus reads it |
 //! | `POST /purge` | `{"path": "/mount/key"}`, or a prefix that ends in `*`: forgets every held revision |
 //!
 //! It is a second [`Acceptor`](super::accept::Acceptor) with limits of its own ([`limits`]), so a

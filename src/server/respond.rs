@@ -29,7 +29,7 @@ const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
 /// From 1970 to the end of what an HTTP date can say.
-const YEAR_9999: Duration = Duration::from_secs(253_370_764_800);
+const YEAR_9999: Duration = Duration::from_hours(70_380_768);
 
 /// A request that never reaches the tiers.
 #[derive(Debug)]

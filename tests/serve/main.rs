@@ -14,6 +14,8 @@
 //! | P11 | `a_restart_keeps_what_was_written` |
 //! | P12 | `requests_that_are_refused` |
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod semantics_doc;
 mod world;
 
@@ -112,9 +114,9 @@ async fn one_request_before_the_first_byte() {
         world.s3.release_stalls();
         let rest = body.collect().await.unwrap().to_bytes();
         assert_eq!(rest, slice(&big, first.len() as u64, 4 * PART));
-        let stats = world.s3.stats();
-        assert_eq!(stats.unguarded_gets, u64::from(!pinned));
-        assert_eq!((stats.gets, stats.heads), (4, 0), "one a part");
+        let seen = world.s3.stats();
+        assert_eq!(seen.unguarded_gets, u64::from(!pinned));
+        assert_eq!((seen.gets, seen.heads), (4, 0), "one a part");
     }
 }
 
@@ -498,7 +500,7 @@ async fn unpinned_answers_follow_the_remote() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_pin_is_not_handed_out_again() {
     let world = World::with(Setup {
-        fresh_for: Duration::from_secs(600),
+        fresh_for: Duration::from_mins(10),
         ..Setup::default()
     })
     .await;
@@ -667,6 +669,9 @@ async fn purge_forgets_a_held_pin() {
     assert_eq!(world.purge("/m/../x").await, 400);
 }
 
+/// Sent fields, the status, and the stretch of the object that comes back.
+type Case<'a> = (&'a [(&'a str, &'a str)], u16, Option<(u64, u64)>);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn ranges_and_conditions_cold_and_warm() {
     let world = World::new().await;
@@ -677,7 +682,6 @@ async fn ranges_and_conditions_cold_and_warm() {
     let weak = format!("W/{tag}");
     let list = format!("\"a\", {tag}");
     let bare = tag.trim_matches('"').to_owned();
-    type Case<'a> = (&'a [(&'a str, &'a str)], u16, Option<(u64, u64)>);
     let cases: &[Case] = &[
         (&[], 200, Some((0, size))),
         (&[("range", "bytes=0-")], 206, Some((0, size))),

@@ -65,12 +65,11 @@ async fn run(world: &World, etag: &str, block: &str) {
                 _ => panic!("what is {line:?}?"),
             }
         } else if let Some(line) = line.strip_prefix("> ") {
-            match line.split_once(": ") {
-                Some((name, value)) => headers.push((name.to_owned(), fill(value))),
-                None => {
-                    let (method, path) = line.split_once(' ').unwrap();
-                    sent = Some((method.parse().unwrap(), path.to_owned()));
-                }
+            if let Some((name, value)) = line.split_once(": ") {
+                headers.push((name.to_owned(), fill(value)));
+            } else {
+                let (method, path) = line.split_once(' ').unwrap();
+                sent = Some((method.parse().unwrap(), path.to_owned()));
             }
         } else if let Some(line) = line.strip_prefix("< ") {
             if answer.is_none() {
