@@ -11,6 +11,7 @@
 
 use std::fmt;
 use std::hash::Hash;
+use std::io::IsTerminal as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -97,17 +98,21 @@ pub enum InitError {
 pub fn init(format: LogFormat, default: &str) -> Result<(), InitError> {
     let variable = std::env::var_os(LOG_VARIABLE).filter(|value| !value.is_empty());
     // What is not UTF-8 becomes a filter that cannot be read, and is refused as one.
-    let value = variable.map_or_else(
-        // The embedded S3's library logs every missing key as an error.
-        || format!("{default},s3s=off"),
+    let mut value = variable.map_or_else(
+        || default.into(),
         |value| value.to_string_lossy().into_owned(),
     );
+    if !value.contains("s3s") {
+        // The embedded S3's library logs every missing key as an error.
+        value.push_str(",s3s=off");
+    }
     let filter = EnvFilter::try_new(&value).map_err(|error| InitError::Filter {
         value,
         reason: error.to_string(),
     })?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     let result = match format {
         LogFormat::Text => builder.try_init(),
