@@ -48,7 +48,7 @@ use crate::disk::{
     WriterView,
 };
 use crate::object::{Representation, Revision};
-use crate::remote::{Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead};
+use crate::remote::{Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TRACEPARENT};
 use crate::semantics::{ByteRange, RangeSpec};
 use crate::telemetry::Metrics;
 
@@ -424,7 +424,9 @@ impl Filler {
         );
         fill_span.follows_from(tracing::Span::current());
         self.metrics.fill_started();
-        self.tasks.spawn(task.run(first).instrument(fill_span));
+        let trace = TRACEPARENT.try_with(Clone::clone).ok().flatten();
+        let run = TRACEPARENT.scope(trace, task.run(first));
+        self.tasks.spawn(run.instrument(fill_span));
         flight
     }
 

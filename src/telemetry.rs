@@ -98,7 +98,8 @@ pub fn init(format: LogFormat, default: &str) -> Result<(), InitError> {
     let variable = std::env::var_os(LOG_VARIABLE).filter(|value| !value.is_empty());
     // What is not UTF-8 becomes a filter that cannot be read, and is refused as one.
     let value = variable.map_or_else(
-        || default.into(),
+        // The embedded S3's library logs every missing key as an error.
+        || format!("{default},s3s=off"),
         |value| value.to_string_lossy().into_owned(),
     );
     let filter = EnvFilter::try_new(&value).map_err(|error| InitError::Filter {

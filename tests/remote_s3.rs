@@ -12,7 +12,9 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use pinrange::object::Validator;
 use pinrange::remote::conformance::{self, Fixture as _};
 use pinrange::remote::s3::{S3Remote, S3Settings};
-use pinrange::remote::{Current, Guard, Remote as _, RemoteError, RemoteErrorKind, RemoteRead};
+use pinrange::remote::{
+    Current, Guard, Remote as _, RemoteError, RemoteErrorKind, RemoteRead, TRACEPARENT,
+};
 use pinrange::semantics::RangeSpec;
 
 use pinrange::strict_s3::{Credentials, Effect, Fault, Options, StrictS3};
@@ -250,6 +252,18 @@ async fn asks_for_exactly_the_guarded_range() {
         !request.contains("x-amz-checksum-mode"),
         "checksums come too late: {request}"
     );
+}
+
+#[tokio::test]
+async fn passes_the_trace_on() {
+    let wire = Wire::start(vec![vec![Step::send(GOOD)]]).await;
+    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let remote = connect(&wire).await;
+    let guard = guard();
+    let read = TRACEPARENT.scope(Some(trace.into()), remote.read(&guard, TEN));
+    assert_eq!(collect(read.await.unwrap()).await.unwrap(), b"0123456789");
+    let request = &wire.requests()[0];
+    assert!(request.contains(&format!("\r\ntraceparent: {trace}\r\n")), "{request}");
 }
 
 /// P1: whatever does not fit is refused before a byte of it is handed on.

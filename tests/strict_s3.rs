@@ -1,6 +1,8 @@
 //! The embedded S3 as clients see it: the AWS SDK, and raw sockets where the bytes on the wire matter.
+#![expect(clippy::unwrap_used, reason = "the helpers are tests too")]
 
 use std::collections::HashMap;
+use std::fmt::Write as _;
 use std::io::ErrorKind;
 use std::num::NonZeroU64;
 use std::os::unix::fs::symlink;
@@ -44,11 +46,14 @@ fn sdk(server: &StrictS3, secret: &str) -> aws_sdk_s3::Client {
     aws_sdk_s3::Client::from_conf(config)
 }
 
-/// Every byte differs from its neighbours' at any sensible misplacement.
+/// Bytes that are not found at two places in the same order.
 fn pattern(length: usize) -> Vec<u8> {
-    (0..length)
-        .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
-        .collect()
+    let mut state = 1_u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state.to_be_bytes()[0]
+    };
+    (0..length).map(|_| next()).collect()
 }
 
 /// A response as it came over the wire, and how the connection ended.
@@ -84,10 +89,10 @@ async fn raw_with_body(
     let mut stream = TcpStream::connect(server.address()).await.unwrap();
     let mut head = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n");
     for (name, value) in fields {
-        head.push_str(&format!("{name}: {value}\r\n"));
+        let _ = write!(head, "{name}: {value}\r\n");
     }
     if !body.is_empty() {
-        head.push_str(&format!("content-length: {}\r\n", body.len()));
+        let _ = write!(head, "content-length: {}\r\n", body.len());
     }
     head.push_str("\r\n");
     stream.write_all(head.as_bytes()).await.unwrap();
@@ -261,6 +266,17 @@ async fn ranges_are_answered_as_on_s3() {
             "{ignored}"
         );
     }
+    let head = raw(
+        &server,
+        "HEAD",
+        "/bkt/dir/file.bin",
+        &[("range", "bytes=2-4")],
+    )
+    .await;
+    assert_eq!(
+        (head.status, head.field("content-range")),
+        (206, Some("bytes 2-4/10"))
+    );
     let beyond = get(&server, &[("range", "bytes=10-")]).await;
     assert_eq!(beyond.status, 416);
     assert_eq!(beyond.field("content-range"), Some("bytes */10"));
@@ -289,7 +305,7 @@ async fn ranges_are_answered_as_on_s3() {
 }
 
 #[tokio::test]
-async fn the_sdk_reads_writes_lists_and_deletes() {
+async fn the_sdk_reads_writes_and_deletes() {
     let server = start().await;
     let client = sdk(&server, "any secret will do");
     let body = pattern(300_000);
@@ -337,6 +353,28 @@ async fn the_sdk_reads_writes_lists_and_deletes() {
         .await;
     assert_eq!(again.unwrap_err().code(), Some("PreconditionFailed"));
 
+    client
+        .delete_object()
+        .bucket("bkt")
+        .key(KEY)
+        .send()
+        .await
+        .unwrap();
+    let gone = client
+        .get_object()
+        .bucket("bkt")
+        .key(KEY)
+        .send()
+        .await
+        .unwrap_err();
+    assert_eq!(gone.code(), Some("NoSuchKey"));
+}
+
+#[tokio::test]
+async fn the_sdk_lists_objects_and_buckets() {
+    let server = start().await;
+    let client = sdk(&server, "s");
+    let etag = put(&server, &pattern(300_000));
     for key in ["dir/a", "dir/sub/b", "z"] {
         client
             .put_object()
@@ -366,21 +404,15 @@ async fn the_sdk_reads_writes_lists_and_deletes() {
     assert_eq!(second.common_prefixes()[0].prefix(), Some("dir/sub/"));
     assert_eq!(second.is_truncated(), Some(false));
 
-    client
-        .delete_object()
+    let owned = client
+        .create_bucket()
         .bucket("bkt")
-        .key(KEY)
-        .send()
-        .await
-        .unwrap();
-    let gone = client
-        .get_object()
-        .bucket("bkt")
-        .key(KEY)
         .send()
         .await
         .unwrap_err();
-    assert_eq!(gone.code(), Some("NoSuchKey"));
+    assert_eq!(owned.code(), Some("BucketAlreadyOwnedByYou"));
+    client.create_bucket().bucket("fresh").send().await.unwrap();
+    client.head_bucket().bucket("fresh").send().await.unwrap();
     client.head_bucket().bucket("bkt").send().await.unwrap();
     client
         .get_bucket_location()
@@ -791,18 +823,21 @@ async fn a_stalled_body_goes_on_when_it_is_released() {
     server
         .wait_for_log(|log| log.iter().any(|entry| entry.body_bytes == 10_000))
         .await;
-    let mut begun = vec![0; 10_000];
-    stream.read_exact(&mut begun).await.unwrap();
-    let mut none = [0; 1000];
-    // What is left of the 10 000 bytes behind the head, then silence.
-    let more = async {
+    let mut received = Vec::new();
+    let until_silent = async {
         loop {
-            stream.read(&mut none).await.unwrap();
+            assert_ne!(
+                stream.read_buf(&mut received).await.unwrap(),
+                0,
+                "not closed"
+            );
         }
     };
-    tokio::time::timeout(Duration::from_millis(100), more)
+    let silence = Duration::from_millis(100);
+    tokio::time::timeout(silence, until_silent)
         .await
         .unwrap_err();
+    assert!(received.ends_with(&pattern(100_000)[..10_000]));
     let entry = &server.log()[0];
     assert_eq!((entry.body_bytes, entry.finished), (10_000, false));
     server.release_stalls();

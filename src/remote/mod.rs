@@ -26,6 +26,12 @@ use futures::stream::BoxStream;
 use crate::object::{Representation, Validator};
 use crate::semantics::{ByteRange, RangeSpec};
 
+tokio::task_local! {
+    /// The W3C `traceparent` of the request on whose behalf this task calls a remote; drivers that can
+    /// pass it on. A fill carries that of the request that started it.
+    pub static TRACEPARENT: Option<Box<str>>;
+}
+
 /// Names one revision for a guarded read.
 #[derive(Clone, Debug)]
 pub struct Guard {

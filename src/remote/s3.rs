@@ -43,7 +43,7 @@ use aws_sdk_s3::Client;
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::config::interceptors::{
     BeforeDeserializationInterceptorContextMut, BeforeDeserializationInterceptorContextRef,
-    BeforeTransmitInterceptorContextRef,
+    BeforeTransmitInterceptorContextMut, BeforeTransmitInterceptorContextRef,
 };
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
@@ -64,7 +64,7 @@ use futures::stream::{self, BoxStream, StreamExt as _};
 use http_body_util::Limited;
 use parking_lot::Mutex;
 
-use super::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead};
+use super::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TRACEPARENT};
 use crate::object::{Representation, Validator};
 use crate::semantics::{ByteRange, RangeSpec};
 
@@ -599,6 +599,21 @@ impl Tap {
 impl Intercept for Tap {
     fn name(&self) -> &'static str {
         "Tap"
+    }
+
+    fn modify_before_signing(
+        &self,
+        context: &mut BeforeTransmitInterceptorContextMut<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        if let Ok(Some(trace)) = TRACEPARENT.try_with(Clone::clone) {
+            context
+                .request_mut()
+                .headers_mut()
+                .try_insert("traceparent", trace.into_string())?;
+        }
+        Ok(())
     }
 
     fn read_before_transmit(

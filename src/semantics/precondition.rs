@@ -52,10 +52,7 @@ use super::{ByteRange, EntityTag, EntityTagList, RangeSpec, trim_ows};
 
 /// The methods that are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(
-    clippy::exhaustive_enums,
-    reason = "closed: other methods are refused before"
-)]
+#[expect(clippy::exhaustive_enums, reason = "closed: other methods are refused before")]
 pub enum Method {
     /// GET
     Get,
@@ -184,10 +181,7 @@ pub struct RepresentationMetadata {
 
 /// What the answer is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(
-    clippy::exhaustive_enums,
-    reason = "closed: each has exactly one status"
-)]
+#[expect(clippy::exhaustive_enums, reason = "closed: each has exactly one status")]
 pub enum Verdict {
     /// Everything: 200.
     Full,

@@ -20,13 +20,13 @@ use super::io::SendQueue;
 use super::respond::{self, Rejected};
 use crate::mount::Mounts;
 use crate::object::Validator;
+use crate::remote::TRACEPARENT;
 use crate::semantics::precondition::Method;
 use crate::semantics::{EntityTagList, RequestHead, Verdict};
 use crate::telemetry::Metrics;
 use crate::tiers::{Get, Opened, Refusal, Tiers, Trace};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-const TRACEPARENT: &str = "traceparent";
 
 /// Query parameters that S3 gives a meaning on a read. All else in a query is ignored.
 const S3_PARAMETERS: &[&str] = &[
@@ -132,7 +132,11 @@ impl Handler {
             head: &head,
             no_cache: no_cache(&request.headers),
         };
-        match self.tiers.open(&get).await {
+        let trace = traceparent(request);
+        match TRACEPARENT
+            .scope(trace.map(Box::from), self.tiers.open(&get))
+            .await
+        {
             Ok(opened) => {
                 end.verdict = verdict(&opened);
                 end.tier = tier(&opened.trace);
@@ -243,18 +247,23 @@ fn describe(span: &Span, request: &http::request::Parts, head: &RequestHead) {
         Some(EntityTagList::Tags(_)) => "list",
     };
     span.record("pin", pin);
-    let text = |name: &str| {
-        request
-            .headers
-            .get(name)
-            .and_then(|value| value.to_str().ok())
-    };
-    if let Some(range) = text("range") {
+    if let Some(range) = text(request, "range") {
         span.record("range", range);
     }
-    if let Some(trace) = text(TRACEPARENT).filter(|value| is_traceparent(value)) {
+    if let Some(trace) = traceparent(request) {
         span.record("trace", trace);
     }
+}
+
+fn text<'a>(request: &'a http::request::Parts, name: &str) -> Option<&'a str> {
+    request
+        .headers
+        .get(name)
+        .and_then(|value| value.to_str().ok())
+}
+
+fn traceparent(request: &http::request::Parts) -> Option<&str> {
+    text(request, "traceparent").filter(|value| is_traceparent(value))
 }
 
 /// W3C Trace Context §3.2: version, trace id, parent id and flags in lower-case hexadecimal.

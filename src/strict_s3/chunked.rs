@@ -38,17 +38,15 @@ where
 
 impl<S: Stream<Item = Result<Bytes, StdError>> + Send + Unpin> Decoder<S> {
     async fn next(&mut self) -> Result<Option<Bytes>, StdError> {
-        let left = match self.chunk {
-            Some(left) => left,
-            None => {
-                let header = self.line().await?;
-                let size = header
-                    .split(|byte| *byte == b';')
-                    .next()
-                    .unwrap_or_default();
-                let size = std::str::from_utf8(size)?;
-                u64::from_str_radix(size.trim(), 16)?
-            }
+        let left = if let Some(left) = self.chunk {
+            left
+        } else {
+            let header = self.line().await?;
+            let size = header
+                .split(|byte| *byte == b';')
+                .next()
+                .unwrap_or_default();
+            u64::from_str_radix(std::str::from_utf8(size)?.trim(), 16)?
         };
         if left == 0 {
             while !self.line().await?.is_empty() {}

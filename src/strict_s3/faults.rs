@@ -68,6 +68,7 @@ impl RequestInfo {
 /// A change of the stored objects, made by the server itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
+#[expect(clippy::large_enum_variant, reason = "a test has a handful of them")]
 pub enum Mutation {
     /// Put an object.
     Put {

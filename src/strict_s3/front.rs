@@ -135,17 +135,16 @@ impl Front {
         plan: &Plan,
     ) -> Result<HttpResponse, RespondError> {
         self.mutate(&plan.before)?;
-        let response = match plan.refusal {
-            Some(refusal) => refuse(refusal)?,
-            None => {
-                let mut request = if self.authenticated {
-                    request.map(Body::from)
-                } else {
-                    unsign(request)
-                };
-                request.extensions_mut().insert(plan.ignore);
-                self.s3.call(request).await?
-            }
+        let response = if let Some(refusal) = plan.refusal {
+            refuse(refusal)?
+        } else {
+            let mut request = if self.authenticated {
+                request.map(Body::from)
+            } else {
+                unsign(request)
+            };
+            request.extensions_mut().insert(plan.ignore);
+            self.s3.call(request).await?
         };
         self.mutate(&plan.after)?;
         Ok(response)

@@ -15,6 +15,8 @@
 //!    unwrapped by `chunked.rs`.
 //! 4. `wire.rs` sends the body, at the pace that is set, up to where it is to stall or to be cut.
 //!
+//! `s3s` logs every request it refuses as an error, and whole requests at debug level: programs turn its target off.
+//!
 //! Not implemented, and answered 501: copies, reads by part number, ACLs, tags, encryption, and everything else that
 //! the clients named above do not need for whole objects and ranges.
 
@@ -41,6 +43,7 @@ use bytes::Bytes;
 use s3s::service::S3ServiceBuilder;
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 pub use self::faults::{Effect, Fault, Hook, Mutation, Op, RequestInfo};
 pub use self::log::{LogEntry, Stats};
@@ -289,7 +292,7 @@ impl StrictS3 {
     /// The port stays reserved. Objects, log and script stay.
     pub async fn stop_accepting(&self) {
         self.front.outage.lock().cancel();
-        self.stopped().await;
+        stopped(&mut *self.running.lock().await).await;
     }
 
     /// Ends an outage, on the same port. Does nothing where there is none.
@@ -297,13 +300,14 @@ impl StrictS3 {
     /// # Errors
     /// Where the kernel does not let us listen again.
     pub async fn resume(&self) -> io::Result<()> {
+        let mut running = self.running.lock().await;
         if !self.front.outage.lock().is_cancelled() {
             return Ok(());
         }
-        self.stopped().await;
+        stopped(&mut running).await;
         let listener = self.port.listen()?;
-        *self.front.outage.lock() = tokio_util::sync::CancellationToken::new();
-        *self.running.lock().await = Some(server::spawn(listener, Arc::clone(&self.front)));
+        *self.front.outage.lock() = CancellationToken::new();
+        *running = Some(server::spawn(listener, Arc::clone(&self.front)));
         Ok(())
     }
 
@@ -311,13 +315,15 @@ impl StrictS3 {
     pub async fn shutdown(self) {
         self.stop_accepting().await;
     }
+}
 
-    async fn stopped(&self) {
-        if let Some(running) = self.running.lock().await.take() {
-            // A panic in there has been reported by the runtime.
-            let _ = running.await;
-        }
+/// Waits for the accept loop to end. Where the future is dropped, the next one waits on.
+async fn stopped(running: &mut Option<JoinHandle<()>>) {
+    if let Some(handle) = running {
+        // A panic in there has been reported by the runtime.
+        let _ = handle.await;
     }
+    *running = None;
 }
 
 impl Drop for StrictS3 {

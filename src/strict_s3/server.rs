@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use socket2::{Domain, Protocol, Socket as RawSocket, Type};
 use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
@@ -95,7 +95,8 @@ pub(super) fn spawn(listener: TcpListener, front: Arc<Front>) -> JoinHandle<()> 
             });
             connections.spawn(async move {
                 let served = http1::Builder::new()
-                    .timer(TokioTimer::new())
+                    // Tests keep connections for as long as they like.
+                    .header_read_timeout(None)
                     .serve_connection(TokioIo::new(socket), service)
                     .await;
                 if let Err(error) = served {

@@ -5,6 +5,8 @@
 //! as they came, after the signature has been checked.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -23,13 +25,13 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, utf8_perc
 use s3s::auth::{S3Auth, SecretKey};
 use s3s::dto::{
     AbortMultipartUploadInput, AbortMultipartUploadOutput, Bucket, CommonPrefix,
-    CompleteMultipartUploadInput, CompleteMultipartUploadOutput, CreateMultipartUploadInput,
-    CreateMultipartUploadOutput, DeleteObjectInput, DeleteObjectOutput, ETag, ETagCondition,
-    EncodingType, GetBucketLocationInput, GetBucketLocationOutput, HeadBucketInput,
-    HeadBucketOutput, ListBucketsInput, ListBucketsOutput, ListObjectsInput, ListObjectsOutput,
-    ListObjectsV2Input, ListObjectsV2Output, Metadata as UserMetadata, Object as ListedObject,
-    PutObjectInput, PutObjectOutput, StreamingBlob, Timestamp, TimestampFormat, UploadPartInput,
-    UploadPartOutput,
+    CompleteMultipartUploadInput, CompleteMultipartUploadOutput, CreateBucketInput,
+    CreateBucketOutput, CreateMultipartUploadInput, CreateMultipartUploadOutput, DeleteObjectInput,
+    DeleteObjectOutput, ETag, ETagCondition, EncodingType, GetBucketLocationInput,
+    GetBucketLocationOutput, HeadBucketInput, HeadBucketOutput, ListBucketsInput,
+    ListBucketsOutput, ListObjectsInput, ListObjectsOutput, ListObjectsV2Input,
+    ListObjectsV2Output, Metadata as UserMetadata, Object as ListedObject, PutObjectInput,
+    PutObjectOutput, StreamingBlob, Timestamp, TimestampFormat, UploadPartInput, UploadPartOutput,
 };
 use s3s::route::S3Route;
 use s3s::{Body, S3, S3Error, S3ErrorCode, S3Request, S3Response, S3Result, s3_error};
@@ -44,6 +46,8 @@ use super::store::{
 
 /// S3's most keys on a page.
 const MAX_KEYS: usize = 1000;
+
+const PART_NUMBERS: RangeInclusive<i32> = 1..=10_000;
 
 const META_PREFIX: &str = "x-amz-meta-";
 const VERSION_ID: HeaderName = HeaderName::from_static("x-amz-version-id");
@@ -151,6 +155,7 @@ impl From<StoreError> for S3Error {
         let message = error.to_string();
         let (code, fields) = match &error {
             StoreError::NoSuchBucket => (S3ErrorCode::NoSuchBucket, HeaderMap::new()),
+            StoreError::BucketExists => (S3ErrorCode::BucketAlreadyOwnedByYou, HeaderMap::new()),
             StoreError::NoSuchKey { marker } => {
                 let mut fields = HeaderMap::new();
                 if let Some(id) = marker
@@ -384,7 +389,7 @@ fn refuse(
             .replace('&', "&amp;")
             .replace('<', "&lt;")
             .replace('>', "&gt;");
-        xml.push_str(&format!("<{name}>{value}</{name}>"));
+        let _ = write!(xml, "<{name}>{value}</{name}>");
     }
     xml.push_str("</Error>");
     fields.insert(CONTENT_TYPE, HeaderValue::from_static("application/xml"));
@@ -401,7 +406,7 @@ impl S3 for Service {
     ) -> S3Result<S3Response<PutObjectOutput>> {
         let input = request.input;
         self.store.check_bucket(&input.bucket)?;
-        let condition = write_condition(input.if_match, input.if_none_match)?;
+        let condition = write_condition(input.if_match, input.if_none_match.as_ref())?;
         let options = options(StoredFields {
             content_type: input.content_type,
             content_encoding: input.content_encoding,
@@ -455,6 +460,12 @@ impl S3 for Service {
         request: S3Request<UploadPartInput>,
     ) -> S3Result<S3Response<UploadPartOutput>> {
         let input = request.input;
+        if !PART_NUMBERS.contains(&input.part_number) {
+            return Err(s3_error!(
+                InvalidArgument,
+                "Part number must be from 1 to 10000"
+            ));
+        }
         let payload = self
             .receive(input.body, input.content_md5.as_deref())
             .await?;
@@ -475,7 +486,7 @@ impl S3 for Service {
         request: S3Request<CompleteMultipartUploadInput>,
     ) -> S3Result<S3Response<CompleteMultipartUploadOutput>> {
         let input = request.input;
-        let condition = write_condition(input.if_match, input.if_none_match)?;
+        let condition = write_condition(input.if_match, input.if_none_match.as_ref())?;
         let parts = input
             .multipart_upload
             .and_then(|upload| upload.parts)
@@ -605,6 +616,15 @@ impl S3 for Service {
         }))
     }
 
+    /// Some clients ask for the bucket before every upload and are content to hear that they have it.
+    async fn create_bucket(
+        &self,
+        request: S3Request<CreateBucketInput>,
+    ) -> S3Result<S3Response<CreateBucketOutput>> {
+        self.store.create_bucket(&request.input.bucket)?;
+        Ok(S3Response::new(CreateBucketOutput::default()))
+    }
+
     async fn head_bucket(
         &self,
         request: S3Request<HeadBucketInput>,
@@ -665,7 +685,7 @@ fn tag(field_value: &str) -> ETag {
 /// S3 knows one tag for `If-Match` and `*` for `If-None-Match`, and refuses the rest.
 fn write_condition(
     if_match: Option<ETagCondition>,
-    if_none_match: Option<ETagCondition>,
+    if_none_match: Option<&ETagCondition>,
 ) -> S3Result<WriteCondition> {
     let unsupported = || {
         s3_error!(

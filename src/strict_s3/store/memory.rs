@@ -79,6 +79,14 @@ impl MemoryStore {
         self.state.lock().buckets.keys().cloned().collect()
     }
 
+    pub(super) fn create_bucket(&self, name: &str) {
+        self.state
+            .lock()
+            .buckets
+            .entry(name.to_owned())
+            .or_default();
+    }
+
     pub(super) fn read(
         &self,
         bucket: &str,

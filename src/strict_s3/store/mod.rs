@@ -70,6 +70,9 @@ pub enum StoreError {
     /// There is no such bucket.
     #[error("there is no such bucket")]
     NoSuchBucket,
+    /// There is such a bucket already.
+    #[error("there is such a bucket already, and it is yours")]
+    BucketExists,
     /// There is no such object, or its newest version is a delete marker.
     #[error("there is no such object")]
     NoSuchKey {
@@ -337,6 +340,21 @@ impl Store {
     pub(super) fn check_bucket(&self, bucket: &str) -> Result<(), StoreError> {
         let known = self.buckets().iter().any(|name| name == bucket);
         known.then_some(()).ok_or(StoreError::NoSuchBucket)
+    }
+
+    /// Makes an empty bucket; one that exists stays as it is.
+    ///
+    /// # Errors
+    /// [`StoreError::BucketExists`], and [`StoreError::Unsupported`] for a directory.
+    pub(super) fn create_bucket(&self, bucket: &str) -> Result<(), StoreError> {
+        match &self.kind {
+            _ if self.check_bucket(bucket).is_ok() => Err(StoreError::BucketExists),
+            Kind::Memory(store) => {
+                store.create_bucket(bucket);
+                Ok(())
+            }
+            Kind::Directory(_) => Err(StoreError::Unsupported("have a second bucket")),
+        }
     }
 
     pub(super) async fn read(
