@@ -11,6 +11,7 @@
 
 use std::fmt;
 use std::hash::Hash;
+use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -107,6 +108,7 @@ pub fn init(format: LogFormat, default: &str) -> Result<(), InitError> {
     })?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     let result = match format {
         LogFormat::Text => builder.try_init(),
