@@ -33,12 +33,14 @@ pub(crate) fn pinrange() -> Command {
 }
 
 /// `serve` on free ports in front of `endpoint`'s bucket `bucket`, mounted at `/m`, with its cache in `dir`/cache.
+/// All by environment, so that a test can set any of it otherwise.
 pub(crate) fn serve(endpoint: &str, dir: &Path) -> Command {
     let mut command = pinrange();
     command
-        .args(["serve", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"])
-        .arg("--cache-dir")
-        .arg(dir.join("cache"))
+        .arg("serve")
+        .env("PINRANGE_SERVER__LISTEN", "127.0.0.1:0")
+        .env("PINRANGE_SERVER__ADMIN", "127.0.0.1:0")
+        .env("PINRANGE_CACHE__DIR", dir.join("cache"))
         .env("PINRANGE_CACHE__MIN_FREE", "1MiB")
         .env("PINRANGE_SERVER__DRAIN_GRACE", "0s")
         .env("PINRANGE_MOUNT__0__PATH", "/m")
