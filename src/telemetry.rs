@@ -11,7 +11,7 @@
 
 use std::fmt;
 use std::hash::Hash;
-use std::io::IsTerminal as _;
+use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -98,14 +98,10 @@ pub enum InitError {
 pub fn init(format: LogFormat, default: &str) -> Result<(), InitError> {
     let variable = std::env::var_os(LOG_VARIABLE).filter(|value| !value.is_empty());
     // What is not UTF-8 becomes a filter that cannot be read, and is refused as one.
-    let mut value = variable.map_or_else(
+    let value = variable.map_or_else(
         || default.into(),
         |value| value.to_string_lossy().into_owned(),
     );
-    if !value.contains("s3s") {
-        // The embedded S3's library logs every missing key as an error.
-        value.push_str(",s3s=off");
-    }
     let filter = EnvFilter::try_new(&value).map_err(|error| InitError::Filter {
         value,
         reason: error.to_string(),

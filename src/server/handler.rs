@@ -10,7 +10,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::header::{CACHE_CONTROL, HeaderMap, HeaderName, HeaderValue, VIA};
+use http::header::{CACHE_CONTROL, CONNECTION, HeaderMap, HeaderName, HeaderValue, VIA};
 use http::{Request, Response};
 use http_body::Body as _;
 use tracing::{Instrument, Span, field};
@@ -74,13 +74,14 @@ impl Handler {
         &self.metrics
     }
 
-    /// Answers one request. The request's content is not read.
-    pub async fn handle<B>(
+    /// Answers one request. The request's content is not read; where there is some, the connection ends with the
+    /// answer and says so (RFC 9112 §9.6).
+    pub async fn handle<B: http_body::Body>(
         &self,
         request: Request<B>,
         queue: &SendQueue,
     ) -> Response<ResponseBody> {
-        let (request, _content) = request.into_parts();
+        let (request, content) = request.into_parts();
         let started = Instant::now();
         let id = self.request_id(&request.headers);
         let span = tracing::info_span!(
@@ -99,6 +100,11 @@ impl Handler {
         response
             .headers_mut()
             .insert(VIA, HeaderValue::from_static("1.1 pinrange"));
+        if !content.is_end_stream() {
+            response
+                .headers_mut()
+                .insert(CONNECTION, HeaderValue::from_static("close"));
+        }
         response
     }
 

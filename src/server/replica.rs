@@ -135,8 +135,15 @@ impl Replica {
                 .iter()
                 .map(|mount| open_mount(mount, credentials)),
         )
-        .await?;
-        let mounts = Arc::new(Mounts::new(mounts));
+        .await;
+        let mounts = match mounts {
+            Ok(mounts) => Arc::new(Mounts::new(mounts)),
+            Err(refused) => {
+                // Else the next start would take what is held for the leavings of a crash.
+                close(&disk).await;
+                return Err(refused);
+            }
+        };
         let metrics = Metrics::default();
         let part_size = NonZeroU64::new(config.cache.part_size).unwrap_or(NonZeroU64::MIN);
         let filler = Filler::new(
@@ -222,12 +229,7 @@ impl Replica {
             cut: 0,
         });
         self.filler.shutdown().await;
-        if let Err(error) = self.disk.close().await {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "the cache directory was not closed in order; the next start verifies it"
-            );
-        }
+        close(&self.disk).await;
         self.stop_admin.cancel();
         // A panic there has been reported by the runtime already.
         let _ = self.admin_task.await;
@@ -302,6 +304,15 @@ async fn bind(key: &'static str, address: SocketAddr) -> Result<TcpListener, Sta
             address,
             source,
         })
+}
+
+async fn close(disk: &DiskTier) {
+    if let Err(error) = disk.close().await {
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "the cache directory was not closed in order; the next start verifies it"
+        );
+    }
 }
 
 /// The soft limit on descriptors.

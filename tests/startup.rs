@@ -1,0 +1,461 @@
+//! How the built program starts, refuses to start, and ends.
+//!
+//! A refusal is one line on stderr that says what to do, a documented exit code (README), and nothing left behind: no
+//! listener, no lock, no file that was not there.
+#![expect(
+    clippy::unwrap_used,
+    reason = "the lint's exemption for tests does not see a test crate's helpers"
+)]
+
+mod support;
+
+use std::fs;
+use std::io::{BufReader, Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::num::NonZeroU64;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Instant;
+
+use pinrange::strict_s3::{Credentials, Options, PutOptions, StrictS3};
+use rustix::process::Signal;
+
+use support::http::{self, Random};
+use support::process::{self, Serving, pinrange, replica, run, serve};
+
+/// An address that nobody listens on, as far as one can know.
+fn free_address() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap()
+}
+
+fn stderr(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).unwrap()
+}
+
+/// Runs what must not start: exit code `code`, one line on stderr with all of `words`, nothing on stdout.
+#[track_caller]
+fn refused(command: &mut Command, code: i32, words: &[&str]) {
+    let output = run(command);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    assert_eq!(output.stdout, b"", "{text}");
+    assert_eq!(text.lines().count(), 1, "not one line: {text}");
+    for word in words {
+        assert!(text.contains(word), "no {word:?} in {text}");
+    }
+    assert!(!text.contains("panicked"), "{text}");
+}
+
+async fn s3() -> StrictS3 {
+    let s3 = StrictS3::start(Options::memory(["bucket"])).await.unwrap();
+    s3.put(
+        "bucket",
+        "object",
+        &b"the object"[..],
+        PutOptions::default(),
+    )
+    .unwrap();
+    s3
+}
+
+fn config(dir: &Path, text: &str) -> Command {
+    let file = dir.join("pinrange.toml");
+    fs::write(&file, text).unwrap();
+    let mut command = pinrange();
+    command
+        .args(["serve", "--config"])
+        .arg(file)
+        .env("PINRANGE_CACHE__DIR", dir.join("cache"));
+    command
+}
+
+#[test]
+fn a_wrong_file_is_refused_with_its_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let listen = free_address();
+    let mount = "[[mount]]\npath = \"/m\"\nbucket = \"bucket\"\n";
+    let server = format!("[server]\nlisten = \"{listen}\"\n");
+    for (text, words) in [
+        (
+            format!("{server}lisen = 1\n{mount}"),
+            &["pinrange.toml:3:1:", "lisen"][..],
+        ),
+        (
+            format!("{server}[cache]\ncapacity = \"5 apples\"\n{mount}"),
+            &["pinrange.toml:4:12:", "cache.capacity", "5 apples"],
+        ),
+        (
+            format!("{server}[[mount]]\npath = \"/m\"\n"),
+            &["pinrange.toml:3:", "bucket"],
+        ),
+        (server.clone(), &["pinrange.toml:", "there is no mount"]),
+        (format!("{server}{mount}x"), &["pinrange.toml:6:"]),
+    ] {
+        refused(&mut config(dir.path(), &text), 78, words);
+        let file = dir.path().join("pinrange.toml");
+        let mut check = pinrange();
+        refused(check.args(["check", "--config"]).arg(file), 2, words);
+    }
+    assert!(!dir.path().join("cache").exists());
+    assert!(TcpStream::connect(listen).is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bucket_that_is_missing_is_refused() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let mut command = serve(&s3.endpoint(), dir.path());
+    command.env("PINRANGE_MOUNT__0__BUCKET", "nowhere");
+    refused(&mut command, 78, &["mount /m", "correct bucket"]);
+    // The directory was opened and closed in order: neither a lock nor a suspicion is left.
+    let serving = replica(&s3, dir.path());
+    let log = serving.process.stderr();
+    assert!(!log.contains("did not end orderly"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_that_are_wrong_are_refused() {
+    let mut options = Options::memory(["bucket"]);
+    options.credentials = Some(Credentials {
+        access_key: "right".to_owned(),
+        secret_key: "also right".to_owned(),
+    });
+    let s3 = StrictS3::start(options).await.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    for (id, secret) in [("right", "hunter2"), ("unknown", "also right")] {
+        let mut command = serve(&s3.endpoint(), dir.path());
+        command
+            .env("AWS_ACCESS_KEY_ID", id)
+            .env("AWS_SECRET_ACCESS_KEY", secret);
+        let output = run(&mut command);
+        let text = stderr(&output);
+        assert!(matches!(output.status.code(), Some(77 | 78)), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(
+            text.contains("correct") && text.contains("credentials"),
+            "{text}"
+        );
+        assert!(!text.contains("hunter2"), "a secret in the log: {text}");
+    }
+    let mut command = serve(&s3.endpoint(), dir.path());
+    command
+        .env("AWS_ACCESS_KEY_ID", "right")
+        .env("AWS_SECRET_ACCESS_KEY", "also right");
+    let serving = Serving::start(&mut command);
+    assert_eq!(http::get(serving.data, "/m/none", "").status, 404);
+}
+
+#[test]
+fn credentials_that_are_missing_are_said_to_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let endpoint = format!("http://{}", free_address());
+    let mut command = serve(&endpoint, dir.path());
+    command
+        .env_remove("AWS_ACCESS_KEY_ID")
+        .env_remove("AWS_SECRET_ACCESS_KEY");
+    let output = run(&mut command);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(78), "{text}");
+    assert!(text.contains("credentials"), "{text}");
+}
+
+/// What the disk holds is served without S3 (P5), so an S3 that is down must not keep a replica from starting.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_s3_that_cannot_be_reached_is_a_warning() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let before = replica(&s3, dir.path());
+    let answer = http::get(before.data, "/m/object", "");
+    let pin = format!("If-Match: {}\r\n", answer.field("etag"));
+    assert_eq!(before.stop().code(), Some(0));
+
+    s3.stop_accepting().await;
+    let began = Instant::now();
+    let during = replica(&s3, dir.path());
+    assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
+    during.process.wait_for("cannot be used right now");
+    assert_eq!(http::get(during.admin, "/readyz", "").status, 200);
+    let held = http::get(during.data, "/m/object", &pin);
+    assert_eq!((held.status, &held.body[..]), (200, &b"the object"[..]));
+    let lost = http::get(during.data, "/m/other", "");
+    assert_eq!(lost.status, 503);
+    assert_ne!(lost.field("retry-after"), "");
+    s3.resume().await.unwrap();
+    assert_eq!(http::get(during.data, "/m/other", "").status, 404);
+}
+
+/// Nobody can make a directory below a file, not even root.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cache_directory_that_cannot_be_used_is_refused() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    for cache in [file.join("cache"), "/proc/cache".into()] {
+        let mut command = serve(&s3.endpoint(), dir.path());
+        command.env("PINRANGE_CACHE__DIR", &cache);
+        refused(
+            &mut command,
+            73,
+            &["make the directory", cache.to_str().unwrap()],
+        );
+    }
+    let left: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
+    assert_eq!(left.len(), 1, "{left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_in_use_is_refused() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let other = free_address();
+    for (listen, admin, key) in [
+        (address.clone(), other.to_string(), "server.listen"),
+        (other.to_string(), address.clone(), "server.admin"),
+    ] {
+        let mut command = serve(&s3.endpoint(), dir.path());
+        command
+            .env("PINRANGE_SERVER__LISTEN", &listen)
+            .env("PINRANGE_SERVER__ADMIN", &admin);
+        refused(&mut command, 69, &[&address, key, "choose another address"]);
+    }
+    assert!(
+        !dir.path().join("cache").exists(),
+        "it was opened too early"
+    );
+    assert!(TcpStream::connect(other).is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cache_directory_in_use_is_refused() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let first = replica(&s3, dir.path());
+    let pid = format!("pid {}", first.process.pid());
+    refused(
+        &mut serve(&s3.endpoint(), dir.path()),
+        75,
+        &[&pid, "a directory of its own"],
+    );
+    assert_eq!(http::get(first.data, "/m/object", "").status, 200);
+    assert_eq!(first.stop().code(), Some(0));
+    // It is free again.
+    assert_eq!(replica(&s3, dir.path()).stop().code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_catalog_that_cannot_be_used_is_set_aside() {
+    let s3 = s3().await;
+    let newer = |file: &Path| {
+        let catalog = rusqlite::Connection::open(file).unwrap();
+        catalog.pragma_update(None, "user_version", 999).unwrap();
+    };
+    let corrupt = |file: &Path| {
+        let len = usize::try_from(fs::metadata(file).unwrap().len()).unwrap();
+        fs::write(file, Random(3).bytes(len)).unwrap();
+    };
+    let harms: [(&str, &dyn Fn(&Path)); 2] = [("newer", &newer), ("corrupt", &corrupt)];
+    for (name, harm) in harms {
+        let dir = tempfile::tempdir().unwrap();
+        let before = replica(&s3, dir.path());
+        assert_eq!(http::get(before.data, "/m/object", "").status, 200);
+        assert_eq!(before.stop().code(), Some(0));
+        let catalog = fs::read_dir(dir.path().join("cache"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .find(|path| {
+                path.file_name()
+                    .unwrap()
+                    .to_str()
+                    .unwrap()
+                    .starts_with("catalog")
+            })
+            .unwrap();
+        harm(&catalog);
+        s3.clear_log();
+
+        let after = replica(&s3, dir.path());
+        after.process.wait_for(" WARN ");
+        let log = after.process.stderr();
+        assert!(log.contains(name), "{name}: {log}");
+        let answer = http::get(after.data, "/m/object", "");
+        assert_eq!((answer.status, &answer.body[..]), (200, &b"the object"[..]));
+        assert!(s3.stats().gets > 0, "{name}: nothing of it is trusted");
+        assert_eq!(after.stop().code(), Some(0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_port_is_warned_about() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let mut command = serve(&s3.endpoint(), dir.path());
+    command
+        .env("PINRANGE_SERVER__LISTEN", "0.0.0.0:0")
+        .env("PINRANGE_SERVER__ADMIN", "0.0.0.0:0");
+    let serving = Serving::start(&mut command);
+    let log = serving.process.stderr();
+    assert!(log.contains("whoever reaches this port can read"), "{log}");
+    assert!(log.contains("whoever reaches this port can purge"), "{log}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let serving = replica(&s3, dir.path());
+    let log = serving.process.stderr();
+    assert!(!log.contains("whoever reaches"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_drains() {
+    let s3 = s3().await;
+    let object = Random(4).bytes(4 << 20);
+    s3.put("bucket", "big", object.clone(), PutOptions::default())
+        .unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = serve(&s3.endpoint(), dir.path());
+    command.env("PINRANGE_SERVER__DRAIN_GRACE", "2s");
+    let mut serving = Serving::start(&mut command);
+    // A body that is under way for as long as we like.
+    s3.set_bytes_per_second_per_connection(NonZeroU64::new(1 << 20));
+    let mut running = http::connect(serving.data);
+    write!(running, "GET /m/big HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
+    let mut first = [0; 1];
+    running.read_exact(&mut first).unwrap();
+    let idle = http::connect(serving.data);
+
+    serving.process.signal(Signal::TERM);
+    serving.process.wait_for("draining");
+    // Within the grace, load balancers see it while new connections are still served.
+    while http::get(serving.admin, "/readyz", "").status != 503 {}
+    assert_eq!(http::get(serving.admin, "/healthz", "").status, 200);
+    assert_eq!(http::get(serving.data, "/m/object", "").status, 200);
+    // An idle connection is closed, so the grace is over.
+    assert_eq!(BufReader::new(idle).read(&mut first).unwrap(), 0);
+    assert!(TcpStream::connect(serving.data).is_err());
+    assert!(!serving.process.has_ended());
+
+    s3.set_bytes_per_second_per_connection(None);
+    let mut rest = BufReader::new((&first[..]).chain(running));
+    let answer = http::read(&mut rest, false).unwrap().unwrap();
+    assert!(answer.body == object, "the running body was not finished");
+    assert_eq!(serving.process.wait().code(), Some(0));
+
+    // It was made durable: the next start has it without S3.
+    s3.clear_log();
+    let after = replica(&s3, dir.path());
+    s3.clear_log();
+    let pin = format!("If-Match: {}\r\n", answer.field("etag"));
+    assert!(http::get(after.data, "/m/big", &pin).body == object);
+    assert_eq!(s3.stats().requests, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_ends_at_once() {
+    let s3 = s3().await;
+    let object = Random(5).bytes(8 << 20);
+    s3.put("bucket", "big", object, PutOptions::default())
+        .unwrap();
+    s3.set_bytes_per_second_per_connection(NonZeroU64::new(64 << 10));
+    let dir = tempfile::tempdir().unwrap();
+    let mut serving = replica(&s3, dir.path());
+    let mut running = http::connect(serving.data);
+    write!(running, "GET /m/big HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
+    running.read_exact(&mut [0; 1]).unwrap();
+
+    serving.process.signal(Signal::TERM);
+    serving.process.wait_for("draining");
+    assert!(!serving.process.has_ended());
+    serving.process.signal(Signal::INT);
+    assert_eq!(serving.process.wait().code(), Some(130));
+    let mut rest = Vec::new();
+    // Reset or closed; in no case whole.
+    let _ = running.read_to_end(&mut rest);
+    assert!(rest.len() < 8 << 20);
+    // A lock that a process held is gone with it, and the directory can be used.
+    s3.set_bytes_per_second_per_connection(None);
+    let after = replica(&s3, dir.path());
+    assert_eq!(http::get(after.data, "/m/big", "").status, 200);
+}
+
+#[test]
+fn a_directory_is_served_for_trying_it_out() {
+    let Some(curl) = process::find("curl") else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let files = dir.path().join("files");
+    fs::create_dir(&files).unwrap();
+    let start = || {
+        let mut command = pinrange();
+        command
+            .args([
+                "serve",
+                "--listen",
+                "127.0.0.1:0",
+                "--admin",
+                "127.0.0.1:0",
+                "--dev",
+            ])
+            .arg(&files)
+            .env("XDG_CACHE_HOME", dir.path().join("home"));
+        Serving::start(&mut command)
+    };
+    let serving = start();
+    let curl = |args: &[&str]| {
+        let output = run(Command::new(&curl)
+            .args(["-sS", "-f", "-m", "20"])
+            .args(args));
+        let said = stderr(&output).to_owned();
+        (output.status.code(), output.stdout, said)
+    };
+
+    fs::write(files.join("new"), "written to the directory").unwrap();
+    let (code, body, said) = curl(&[&serving.url("/new")]);
+    assert_eq!(
+        (code, &body[..]),
+        (Some(0), &b"written to the directory"[..]),
+        "{said}"
+    );
+    let (code, body, said) = curl(&["-r", "0-6", &serving.url("/new")]);
+    assert_eq!((code, &body[..]), (Some(0), &b"written"[..]), "{said}");
+    let (code, _, _) = curl(&[&serving.url("/missing")]);
+    assert_eq!(code, Some(22));
+
+    // Through the S3 port, where it says that it is.
+    serving.process.wait_for("s3://dev/FILE");
+    let log = serving.process.stderr();
+    let endpoint = log
+        .split_whitespace()
+        .find(|word| word.starts_with("http://127.0.0.1:"))
+        .unwrap();
+    let source = dir.path().join("source");
+    fs::write(&source, "written to its S3").unwrap();
+    let source = source.to_str().unwrap();
+    let (code, _, said) = curl(&["-T", source, &format!("{endpoint}/dev/sub/uploaded")]);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(
+        fs::read(files.join("sub/uploaded")).unwrap(),
+        b"written to its S3"
+    );
+    let (code, body, said) = curl(&[&serving.url("/sub/uploaded")]);
+    assert_eq!(
+        (code, &body[..]),
+        (Some(0), &b"written to its S3"[..]),
+        "{said}"
+    );
+    let log = serving.process.stderr();
+    assert!(!log.contains("ERROR"), "{log}");
+    assert_eq!(serving.stop().code(), Some(0));
+
+    let mut command = pinrange();
+    command
+        .args([
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--admin",
+            "127.0.0.1:0",
+            "--dev",
+        ])
+        .arg(dir.path().join("none"))
+        .env("XDG_CACHE_HOME", dir.path().join("home"));
+    let output = run(&mut command);
+    assert_eq!(output.status.code(), Some(73), "{}", stderr(&output));
+    assert!(stderr(&output).contains("none"), "{}", stderr(&output));
+}

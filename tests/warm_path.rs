@@ -1,0 +1,199 @@
+//! What the kernel sees of a warm pinned range (P7): strace on the built program.
+//!
+//! The program is started over a cache that an earlier run has filled and left in order, so that nothing of the cold
+//! path is still under way, and is asked once before strace looks, since the first touch may look the key up.
+#![expect(
+    clippy::unwrap_used,
+    reason = "the lint's exemption for tests does not see a test crate's helpers"
+)]
+
+mod support;
+
+use std::collections::HashMap;
+use std::io::BufReader;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use pinrange::strict_s3::{Options, PutOptions, StrictS3};
+use rustix::process::Signal;
+
+use support::http::{self, Random};
+use support::process::{self, Running};
+
+/// More than a socket takes at once, so that the answer waits for its client too, and more than one sendfile may ask
+/// for.
+const SIZE: usize = 9 << 20;
+
+/// Calls that make something durable, or prepare to.
+const SYNCS: [&str; 5] = ["fsync", "fdatasync", "sync_file_range", "syncfs", "msync"];
+
+/// Calls that bring a file's bytes into the process.
+const READS: [&str; 6] = ["read", "readv", "pread64", "preadv", "preadv2", "mmap"];
+
+/// Calls that take bytes out of it.
+const WRITES: [&str; 9] = [
+    "write", "writev", "pwrite64", "pwritev", "pwritev2", "sendto", "sendmsg", "splice", "vmsplice",
+];
+
+/// Calls that change a directory or a file's extent.
+const CHANGES: [&str; 8] = [
+    "unlink",
+    "unlinkat",
+    "rename",
+    "renameat",
+    "renameat2",
+    "ftruncate",
+    "fallocate",
+    "mkdir",
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_warm_pinned_range_is_one_write_and_sendfile() {
+    let Some(strace) = process::find("strace") else {
+        return;
+    };
+    let s3 = StrictS3::start(Options::memory(["bucket"])).await.unwrap();
+    let object = Random(1).bytes(SIZE);
+    let put = s3.put("bucket", "object", object.clone(), PutOptions::default());
+    let etag = put.unwrap().etag;
+    let dir = tempfile::tempdir().unwrap();
+
+    let cold = process::replica(&s3, dir.path());
+    assert_eq!(http::get(cold.data, "/m/object", "").body, object);
+    assert_eq!(cold.stop().code(), Some(0));
+
+    let warm = process::replica(&s3, dir.path());
+    s3.clear_log();
+    let first = 4321;
+    let fields = format!("If-Match: {etag}\r\nRange: bytes={first}-\r\n");
+    assert_eq!(http::get(warm.data, "/m/object", &fields).status, 206);
+
+    let trace = dir.path().join("trace");
+    let mut tracer = trace_process(&strace, warm.process.pid(), &trace);
+    let mut connection = http::connect(warm.data);
+    let client = connection.local_addr().unwrap();
+    write!(
+        connection,
+        "GET /m/object HTTP/1.1\r\nHost: test\r\n{fields}\r\n"
+    )
+    .unwrap();
+    let answer = http::read(&mut BufReader::new(connection), false)
+        .unwrap()
+        .unwrap();
+    assert_eq!(answer.status, 206);
+    assert!(answer.body == object[first..], "other bytes");
+    tracer.signal(Signal::INT);
+    tracer.wait();
+    assert_eq!(s3.stats().requests, 0, "S3 was asked: {:?}", s3.log());
+
+    let calls = calls(&std::fs::read_to_string(&trace).unwrap());
+    let socket = format!("->{client}]");
+    let cache = dir.path().join("cache");
+    let cache = cache.to_str().unwrap();
+    let payload = answer.body.len() as u64;
+
+    let sent: u64 = calls
+        .iter()
+        .filter(|call| call.name == "sendfile" && call.argument(0).contains(&socket))
+        .inspect(|call| assert!(call.argument(1).contains(cache), "{call:?}"))
+        .filter_map(Call::bytes)
+        .sum();
+    assert_eq!(sent, payload, "all of the payload goes by sendfile");
+
+    let heads: Vec<_> = calls
+        .iter()
+        .filter(|call| WRITES.contains(&call.name.as_str()) && call.argument(0).contains(&socket))
+        .collect();
+    assert_eq!(heads.len(), 1, "one write for the head: {heads:?}");
+    assert!(heads[0].bytes().unwrap() < 2048, "{heads:?}");
+
+    for call in &calls {
+        let name = call.name.as_str();
+        assert!(!SYNCS.contains(&name), "nothing is synced: {call:?}");
+        assert!(
+            !CHANGES.contains(&name),
+            "nothing is changed on disk: {call:?}"
+        );
+        let first = call.argument(0);
+        if WRITES.contains(&name) {
+            assert!(
+                !first.contains(cache),
+                "the cache is not written to: {call:?}"
+            );
+        }
+        if READS.contains(&name) && call.arguments.contains(cache) {
+            let is_probe = name == "preadv2"
+                && call.arguments.contains("iov_len=1}")
+                && call.arguments.contains("RWF_NOWAIT");
+            assert!(is_probe, "no byte of the payload is read: {call:?}");
+        }
+    }
+    assert_eq!(warm.stop().code(), Some(0));
+}
+
+/// Attaches to every thread of `pid`; every system call is in `file` after the tracer's end.
+fn trace_process(strace: &Path, pid: u32, file: &Path) -> Running {
+    let tracer = Running::start(
+        Command::new(strace)
+            .args(["-f", "-yy", "-s", "64", "-o"])
+            .arg(file)
+            .args(["-p", &pid.to_string()])
+            .stdout(Stdio::null()),
+    );
+    tracer.wait_for("attached");
+    tracer
+}
+
+#[derive(Debug)]
+struct Call {
+    name: String,
+    arguments: String,
+    result: String,
+}
+
+impl Call {
+    /// Up to the first comma; descriptors stand first and have none in them.
+    fn argument(&self, index: usize) -> &str {
+        self.arguments.split(", ").nth(index).unwrap_or_default()
+    }
+
+    /// What the call says it moved; `None` where it failed or moved nothing.
+    fn bytes(&self) -> Option<u64> {
+        self.result.parse().ok()
+    }
+}
+
+/// strace's lines, those joined again that another thread's stand between.
+fn calls(trace: &str) -> Vec<Call> {
+    let mut begun: HashMap<&str, String> = HashMap::new();
+    let mut calls = Vec::new();
+    for line in trace.lines() {
+        let (thread, rest) = line.split_once(' ').unwrap();
+        let rest = rest.trim_start();
+        if let Some(start) = rest.strip_suffix(" <unfinished ...>") {
+            begun.insert(thread, start.to_owned());
+            continue;
+        }
+        let whole = match rest.split_once(" resumed>") {
+            Some((_, end)) if rest.starts_with("<... ") => {
+                // Begun before strace came.
+                let Some(start) = begun.remove(thread) else {
+                    continue;
+                };
+                start + end
+            }
+            _ => rest.to_owned(),
+        };
+        let Some((call, result)) = whole.rsplit_once(" = ") else {
+            continue; // A signal or an exit.
+        };
+        let (name, arguments) = call.split_once('(').unwrap();
+        calls.push(Call {
+            name: name.to_owned(),
+            arguments: arguments.trim_end().trim_end_matches(')').to_owned(),
+            result: result.split(' ').next().unwrap().to_owned(),
+        });
+    }
+    calls
+}
