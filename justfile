@@ -14,7 +14,7 @@ test:
     cargo test --locked
 
 docs:
-    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --document-private-items --locked
 
 # the whole story on an embedded S3
 demo:
