@@ -25,18 +25,22 @@
 //! ```
 //!
 //! **Cancellation.** A flight belongs to the server, not to a request: dropping a [`Follow`] never
-//! stops it. It ends at the end of its part, when its retries are used up, when it meets an error
-//! that a retry cannot mend, or when nobody follows it any more at the moment a retry would be due.
-//! [`Filler::shutdown`] drops the flights; completed blocks stay.
+//! stops a GET. A flight ends at the end of its part, when its retries are used up, when it meets an error
+//! that a retry cannot mend, or when nobody follows it any more at one of two moments: while it waits for the
+//! budget (a GET that nobody wants is not made), and when a retry would be due. It leaves the map in the
+//! same step as it finds itself alone, so whoever comes then starts another one.
+//! [`Filler::forget`] (a purge) lets nothing of a flight be kept; its followers join again.
+//! [`Filler::shutdown`] drops the flights; completed blocks stay. A flight that panics fails.
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU64;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes};
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -96,12 +100,24 @@ pub enum FillError {
     /// The remote refused, failed or lied.
     #[error("the remote read failed")]
     Remote(#[source] RemoteError),
-    /// The disk cannot take the bytes: go past it with a GET of one's own.
+    /// The disk cannot take the bytes: go past it with a GET of one's own. But where the key was purged
+    /// meanwhile ([`FillError::is_purged`]), join again.
     #[error("the disk tier cannot take the bytes")]
     Disk(#[source] Arc<DiskError>),
-    /// The server is stopping, or the key was purged meanwhile.
+    /// The server is stopping, or the fill broke down.
     #[error("the fill was called off")]
     Stopped,
+}
+
+impl FillError {
+    /// Nothing is wrong with the disk or the remote: a purge called the flight off.
+    pub fn is_purged(&self) -> bool {
+        matches!(self, Self::Disk(error) if matches!(**error, DiskError::Purged))
+    }
+
+    fn purged() -> Self {
+        Self::Disk(Arc::new(DiskError::Purged))
+    }
 }
 
 /// A half-open stretch of a revision whose size may not be known yet.
@@ -143,8 +159,8 @@ pub struct Answered {
 
 struct Flight {
     span: Span,
+    /// Its receivers are the followers. They are added only under the lock of the map.
     phase: watch::Sender<Phase>,
-    followers: AtomicUsize,
     /// Set by a purge: what arrives from now on must not be kept.
     purged: AtomicBool,
     queued: AtomicU64,
@@ -161,14 +177,12 @@ pub struct Follow {
 
 impl Drop for Follow {
     fn drop(&mut self) {
-        self.flight.followers.fetch_sub(1, Ordering::Relaxed);
         self.metrics.followers(-1);
     }
 }
 
 impl Follow {
     fn new(flight: &Arc<Flight>, metrics: &Metrics, collapsed: bool) -> Self {
-        flight.followers.fetch_add(1, Ordering::Relaxed);
         metrics.followers(1);
         Self {
             phase: flight.phase.subscribe(),
@@ -235,6 +249,8 @@ pub struct Filler {
     metrics: Metrics,
     /// The interval maps. Taken on the cold path only, never across an await.
     revisions: Mutex<HashMap<Revision, Flights>>,
+    /// Counts calls of [`Filler::forget`]; changed under the lock of `revisions`.
+    era: AtomicU64,
     budget: Semaphore,
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -250,6 +266,7 @@ impl Filler {
             settings,
             metrics,
             revisions: Mutex::default(),
+            era: AtomicU64::new(0),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         })
@@ -275,9 +292,10 @@ impl Filler {
         let mut follows = Vec::new();
         let mut offset = want.start;
         let mut revisions = self.revisions.lock();
-        let arrived = match self.disk.lookup(&source.revision) {
-            Lookup::Held(arrived) if held.is_none() => Some(arrived),
-            Lookup::Held(_) | Lookup::Unknown => None,
+        let held = held.filter(|held| !held.is_doomed());
+        let arrived = match held {
+            Some(_) => None,
+            None => self.arrived(&source.revision),
         };
         let held = held.or(arrived.as_deref());
         let size = match (&source.known, held) {
@@ -335,12 +353,34 @@ impl Filler {
         follows
     }
 
-    /// Follows the body of a read that labelled itself, filling the disk with it. `None` when
-    /// others are already fetching (some of) the same bytes or the disk has them: the body
-    /// is dropped and the caller joins like anybody else.
-    pub fn adopt(self: &Arc<Self>, source: &FillSource, read: RemoteRead) -> Option<Follow> {
+    /// The revision, if the tier's memory knows it.
+    pub fn arrived(&self, revision: &Revision) -> Option<Arc<HeldRevision>> {
+        match self.disk.lookup(revision) {
+            Lookup::Held(held) => Some(held),
+            Lookup::Unknown => None,
+        }
+    }
+
+    /// Changes with every purge: what was asked for in one era is not kept in the next.
+    pub fn era(&self) -> u64 {
+        self.era.load(Ordering::SeqCst)
+    }
+
+    /// Follows the body of a read that was sent in `era`, filling the disk with it. `None` when others
+    /// are already fetching (some of) the same bytes or the tier's memory knows the disk to have some, when there was a
+    /// purge since, or when the body is longer than a part, for its room would be another's:
+    /// the body is dropped and the caller joins like anybody else.
+    pub fn adopt(
+        self: &Arc<Self>,
+        source: &FillSource,
+        read: RemoteRead,
+        era: u64,
+    ) -> Option<Follow> {
         let range = read.range?;
         let block = self.block().get();
+        if range.len() > self.settings.part_size.get().saturating_add(2 * block) {
+            return None;
+        }
         // A suffix read begins in the middle of a block; the part before the first whole one is
         // not kept.
         let span = Span {
@@ -351,14 +391,18 @@ impl Filler {
             return None;
         }
         let mut revisions = self.revisions.lock();
-        let flights = revisions.entry(source.revision.clone()).or_default();
-        let overlaps = flights
-            .range(..span.end)
-            .next_back()
+        let overlaps = revisions
+            .get(&source.revision)
+            .and_then(|flights| flights.range(..span.end).next_back())
             .is_some_and(|(_, other)| other.span.end > span.start);
-        if overlaps {
+        let on_disk = self.arrived(&source.revision).is_some_and(|held| {
+            ByteRange::from_bounds(span.start, span.end)
+                .is_some_and(|range| held.first_missing(range) != Some(range))
+        });
+        if overlaps || on_disk || self.era() != era {
             return None;
         }
+        let flights = revisions.entry(source.revision.clone()).or_default();
         let flight = self.launch(source.clone(), span, Some(read));
         let follow = Follow::new(&flight, &self.metrics, false);
         flights.insert(span.start, flight);
@@ -380,10 +424,13 @@ impl Filler {
         Span { start, end }
     }
 
-    /// Calls off what is being fetched for the keys that `matches` says: followers get
-    /// [`FillError::Stopped`] or the rest of what they follow, nothing of it is found again.
+    /// Calls off what is being fetched for the keys that `matches` says: followers get an error that
+    /// [is a purge's](FillError::is_purged) or the rest of what they follow, nothing of it is found again once the
+    /// tier has been purged as well. A new era begins.
     pub fn forget(&self, matches: impl Fn(&Revision) -> bool) {
-        self.revisions.lock().retain(|revision, flights| {
+        let mut revisions = self.revisions.lock();
+        self.era.fetch_add(1, Ordering::SeqCst);
+        revisions.retain(|revision, flights| {
             let forget = matches(revision);
             if forget {
                 for flight in flights.values() {
@@ -410,7 +457,6 @@ impl Filler {
         let flight = Arc::new(Flight {
             span,
             phase: watch::Sender::new(Phase::Asked),
-            followers: AtomicUsize::new(0),
             purged: AtomicBool::new(false),
             queued: AtomicU64::new(0),
         });
@@ -430,22 +476,20 @@ impl Filler {
         flight
     }
 
-    /// Takes the flight out of the map, unless a purge has, and tells the followers how it ended.
-    fn finish(&self, revision: &Revision, flight: &Arc<Flight>, end: Result<(), FillError>) {
-        {
-            let mut revisions = self.revisions.lock();
-            if let Some(flights) = revisions.get_mut(revision) {
-                if flights
-                    .get(&flight.span.start)
-                    .is_some_and(|there| Arc::ptr_eq(there, flight))
-                {
-                    flights.remove(&flight.span.start);
-                }
-                if flights.is_empty() {
-                    revisions.remove(revision);
-                }
-            }
+    /// Takes the flight out of the map if nobody follows it, and says whether it did: then nobody ever
+    /// will.
+    fn withdraw(&self, revision: &Revision, flight: &Arc<Flight>) -> bool {
+        let mut revisions = self.revisions.lock();
+        let alone = flight.phase.receiver_count() == 0;
+        if alone {
+            take_out(&mut revisions, revision, flight);
         }
+        alone
+    }
+
+    /// Takes the flight out of the map and tells the followers how it ended.
+    fn finish(&self, revision: &Revision, flight: &Arc<Flight>, end: Result<(), FillError>) {
+        take_out(&mut self.revisions.lock(), revision, flight);
         self.metrics.fill_finished(match &end {
             Ok(()) => "done",
             Err(FillError::Remote(error)) => error.kind.label(),
@@ -456,6 +500,21 @@ impl Filler {
             Ok(()) => Phase::Done,
             Err(error) => Phase::Failed(error),
         });
+    }
+}
+
+/// Unless a purge or the flight itself has done so.
+fn take_out(revisions: &mut HashMap<Revision, Flights>, revision: &Revision, flight: &Arc<Flight>) {
+    if let Some(flights) = revisions.get_mut(revision) {
+        if flights
+            .get(&flight.span.start)
+            .is_some_and(|there| Arc::ptr_eq(there, flight))
+        {
+            flights.remove(&flight.span.start);
+        }
+        if flights.is_empty() {
+            revisions.remove(revision);
+        }
     }
 }
 
@@ -474,7 +533,11 @@ impl Task {
         let end = tokio::select! {
             biased;
             () = self.filler.stop.cancelled() => Err(FillError::Stopped),
-            end = self.fetch(first) => end,
+            // A flight that stayed in the map for ever would hang all who follow it, now and later.
+            // The panic itself has been reported by its hook.
+            end = AssertUnwindSafe(self.fetch(first)).catch_unwind() => {
+                end.unwrap_or(Err(FillError::Stopped))
+            }
         };
         if let Err(error) = &end {
             // The followers log what becomes of their requests; this is the fill's own story.
@@ -491,12 +554,13 @@ impl Task {
         let most = u32::try_from(self.filler.settings.budget / PERMIT)
             .unwrap_or(u32::MAX)
             .max(1);
-        let _permit = self
-            .filler
-            .budget
-            .acquire_many(permits.min(most))
-            .await
-            .map_err(|_closed| FillError::Stopped)?;
+        let _permit = tokio::select! {
+            biased;
+            () = self.left_alone() => return Err(FillError::Stopped),
+            permit = self.filler.budget.acquire_many(permits.min(most)) => {
+                permit.map_err(|_closed| FillError::Stopped)?
+            }
+        };
         let queued = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.flight.queued.store(queued, Ordering::Relaxed);
         let reservation = self.filler.disk.reserve(length).await.map_err(disk)?;
@@ -545,6 +609,16 @@ impl Task {
         }
     }
 
+    /// Returns once nobody follows the flight, and nobody can any more.
+    async fn left_alone(&self) {
+        loop {
+            self.flight.phase.closed().await;
+            if self.filler.withdraw(&self.source.revision, &self.flight) {
+                return;
+            }
+        }
+    }
+
     async fn read(&self, guard: &Guard, span: Span) -> Result<RemoteRead, RemoteError> {
         let want = RangeSpec::Closed {
             first: span.start,
@@ -565,7 +639,7 @@ impl Task {
         reservation: Reservation,
     ) -> Result<(Answered, BlockWriter), FillError> {
         if self.flight.purged.load(Ordering::Acquire) {
-            return Err(FillError::Stopped);
+            return Err(FillError::purged());
         }
         let key = &self.source.revision.key;
         let held = self
@@ -578,7 +652,7 @@ impl Task {
             // Purged between the look and the deed: undo.
             let target = PurgeTarget::Key(key.clone());
             self.filler.disk.purge(target).await.map_err(disk)?;
-            return Err(FillError::Stopped);
+            return Err(FillError::purged());
         }
         let span = self.flight.span;
         let range = ByteRange::from_bounds(span.start, span.end.min(representation.size))
@@ -722,7 +796,7 @@ impl Retries {
     }
 
     async fn again(&mut self, task: &Task, error: RemoteError) -> Result<(), FillError> {
-        if task.flight.followers.load(Ordering::Relaxed) == 0 {
+        if task.filler.withdraw(&task.source.revision, &task.flight) {
             return Err(FillError::Remote(error));
         }
         self.pause(error).await.map_err(FillError::Remote)

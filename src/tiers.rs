@@ -25,7 +25,6 @@ mod current;
 mod reader;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tracing::Instrument;
@@ -249,8 +248,6 @@ pub struct Tiers {
     settings: TierSettings,
     metrics: Metrics,
     keys: Keys,
-    /// Counts purges: a label that was asked for before one is not kept after it.
-    purges: AtomicU64,
 }
 
 /// The object of a request: what every step below needs.
@@ -294,7 +291,6 @@ impl Tiers {
             settings,
             metrics,
             keys: Keys::default(),
-            purges: AtomicU64::new(0),
         })
     }
 
@@ -405,9 +401,7 @@ impl Tiers {
             held if head.method == Method::Head || held.is_some() => {
                 let representation =
                     Arc::new(self.stat_pinned(target, source, held.as_deref()).await?);
-                if let Some(held) = &held {
-                    held.update_representation(Arc::clone(&representation));
-                }
+                let held = held.filter(|held| renew(held, &representation));
                 Ok((representation, held))
             }
             _ => self.first_guarded_read(target, source).await,
@@ -472,6 +466,7 @@ impl Tiers {
                 if let Some(held) = self.held(&source.revision).await {
                     return Ok((held.representation(), Some(held)));
                 }
+                let era = self.filler.era();
                 match self
                     .retrying(target, "read", || target.remote().read(&guard, want))
                     .await
@@ -482,7 +477,7 @@ impl Tiers {
                             known: Some(Arc::clone(&known)),
                             ..source.clone()
                         };
-                        let follow = self.filler.adopt(&source, read);
+                        let follow = self.filler.adopt(&source, read, era);
                         let held = match follow {
                             Some(mut follow) => follow.answered().await.ok().flatten(),
                             None => None,
@@ -711,7 +706,6 @@ impl Tiers {
                 *candidate == named
             }
         };
-        self.purges.fetch_add(1, Ordering::SeqCst);
         self.keys.forget(matches);
         self.filler.forget(|revision| matches(&revision.key));
         let target = if every {
@@ -754,6 +748,16 @@ impl OpenError {
             Self::Shared(error) => error.remote_kind(),
         }
     }
+}
+
+/// Gives what is held the fields that the remote sent last. `false`: the remote says another length for
+/// the same validator, so what is held cannot be trusted to be that; a guarded read will tell.
+fn renew(held: &HeldRevision, representation: &Arc<Representation>) -> bool {
+    let same = held.representation().size == representation.size;
+    if same {
+        held.update_representation(Arc::clone(representation));
+    }
+    same
 }
 
 /// The bytes a response's body has; empty where it has none.

@@ -4,26 +4,26 @@
 //! fresh for `fresh_for` after the moment the question was *sent*, so an unpinned answer is never
 //! further behind than that (P6). When it is not fresh, one request asks (a GET that brings its
 //! first bytes along, `If-None-Match` where something is held) and the others wait for its label, or
-//! for its failure: an outage is found out once, not by each in turn.
+//! for its failure: an outage is found out once, not by each in turn. A request that its label would refuse
+//! (412, or 404 to a pin) asks first, however fresh the label is (P4).
 //!
 //! A guarded read that fails takes the trust from the label it relied on ([`Keys::distrust`]), so that no client
 //! is handed a dead pin twice.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use lru::LruCache;
 use parking_lot::Mutex;
 use tokio::sync::MutexGuard;
 
-use super::{FirstWant, Forwarded, OpenError, Refusal, Target, Tiers, Trace};
+use super::{FirstWant, Forwarded, OpenError, Refusal, Target, Tiers, Trace, renew};
 use crate::disk::HeldRevision;
 use crate::object::{ObjectKey, Representation, Revision, Validator};
 use crate::remote::{Current, RemoteErrorKind, RemoteRead};
 use crate::semantics::precondition::Method;
-use crate::semantics::{RangeSpec, RequestHead};
+use crate::semantics::{RangeSpec, RequestHead, Verdict, evaluate};
 
 /// Keys whose label is kept in memory. A label costs some hundred bytes, so this is some 20 MiB at
 /// the most, whatever strangers ask for (P12); a key that fell out is looked up in the catalog.
@@ -42,6 +42,19 @@ const SETTLED: Duration = Duration::from_secs(5);
 pub(super) enum Label {
     Present(Arc<Representation>),
     Absent,
+}
+
+impl Label {
+    /// Whether it would turn down a request that names revisions or a date to be unmodified since.
+    fn refuses(&self, head: &RequestHead) -> bool {
+        match self {
+            Self::Present(representation) => matches!(
+                evaluate(head, &representation.metadata()),
+                Verdict::PreconditionFailed
+            ),
+            Self::Absent => head.if_match.is_some(),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -72,6 +85,14 @@ impl KeyState {
             Some((label, Some(asked))) if *asked >= asked_after => Some(label.clone()),
             _ => None,
         }
+    }
+
+    /// A label that would refuse the request counts only if it was asked for on its account: a client that
+    /// names a revision uploaded a moment ago is not told that it is lost (P4).
+    fn usable(&self, head: &RequestHead, asked_after: Instant, arrived: Instant) -> Option<Label> {
+        self.fresh(asked_after)
+            .filter(|label| !label.refuses(head))
+            .or_else(|| self.fresh(arrived))
     }
 
     fn failure_since(&self, arrived: Instant) -> Option<Arc<OpenError>> {
@@ -169,7 +190,8 @@ impl Tiers {
         } else {
             arrived.checked_sub(mount.fresh_for).unwrap_or(arrived)
         };
-        if let Some(label) = state.fresh(asked_after) {
+        let head = target.get.head;
+        if let Some(label) = state.usable(head, asked_after, arrived) {
             return self.from_label(target, label, Trace::default()).await;
         }
         let _turn = state.turn().await;
@@ -177,7 +199,7 @@ impl Tiers {
             collapsed: true,
             ..Trace::default()
         };
-        if let Some(label) = state.fresh(asked_after) {
+        if let Some(label) = state.usable(head, asked_after, arrived) {
             trace.forwarded = Some(Forwarded::Stale);
             trace.remote = arrived.elapsed();
             return self.from_label(target, label, trace).await;
@@ -266,7 +288,7 @@ impl Tiers {
         state: &KeyState,
         trace: &mut Trace,
     ) -> Result<CurrentRevision, OpenError> {
-        let purges = self.purges.load(Ordering::SeqCst);
+        let era = self.filler.era();
         let asked = Instant::now();
         let last = self.last_label(target, state).await;
         let held = match &last {
@@ -304,16 +326,17 @@ impl Tiers {
 
         let mut current_held =
             held.filter(|held| held.revision().validator == representation.validator);
-        if let Some(held) = &current_held {
-            held.update_representation(Arc::clone(&representation));
+        if current_held.is_none() {
+            // It may be one that was held before: its bytes need not be fetched again.
+            current_held = self.held(&self.revision(target, &representation)).await;
         }
-        let purged_meanwhile = self.purges.load(Ordering::SeqCst) != purges;
-        if let Some(read) = read.filter(|_| !purged_meanwhile) {
+        current_held = current_held.filter(|held| renew(held, &representation));
+        if let Some(read) = read {
             let source = target.source(
                 representation.validator.clone(),
                 Some(Arc::clone(&representation)),
             );
-            if let Some(mut follow) = self.filler.adopt(&source, read) {
+            if let Some(mut follow) = self.filler.adopt(&source, read, era) {
                 // The hold-back waits for its bytes; a disk that cannot take them is found out there.
                 if let Ok(Some(answered)) = follow.answered().await {
                     trace.stored = true;
@@ -321,7 +344,8 @@ impl Tiers {
                 }
             }
         }
-        if !purged_meanwhile {
+        // What was asked for before a purge is not kept after it.
+        if self.filler.era() == era {
             self.remember(target, state, &representation, asked);
         }
         Ok(CurrentRevision {
@@ -455,6 +479,8 @@ impl Tiers {
             && let Some((representation, confirmed)) = self.last_label(target, state).await
             && confirmed.elapsed().unwrap_or_default() <= target.get.mount.stale_if_error
             && let Some(held) = self.held(&self.revision(target, &representation)).await
+            // An outage outranks 412 (P4).
+            && !Label::Present(Arc::clone(&representation)).refuses(target.get.head)
         {
             trace.stale = true;
             trace.forwarded = Some(Forwarded::Stale);

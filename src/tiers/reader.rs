@@ -160,14 +160,12 @@ impl Inner {
     async fn next(&mut self, range: ByteRange) -> Result<Payload, OpenError> {
         let mut vanished = 0;
         loop {
+            self.catch_up();
             if let Some(payload) = self.at_hand(range) {
                 return Ok(payload);
             }
-            if let Some(held) = &self.held
-                && matches!(held.step(range), Step::Closed)
-            {
-                // Opens the file, or finds it gone: then the step says Missing.
-                Arc::clone(held).open_at(range.start()).await;
+            if vanished < PATIENCE && self.opened(range).await {
+                vanished += 1;
                 continue;
             }
             self.complete = false;
@@ -195,7 +193,9 @@ impl Inner {
                 .first_mut()
                 .filter(|follow| follow.span().start <= range.start())
             else {
-                // Nothing is missing any more; the next turn finds it.
+                // Nothing is missing any more, or what the flights brought is gone again; the next turn
+                // finds out, and joins from here.
+                self.follows.clear();
                 vanished += 1;
                 continue;
             };
@@ -211,6 +211,10 @@ impl Inner {
                     vanished += 1;
                     self.follows.remove(0);
                 }
+                Err(error) if error.is_purged() => {
+                    vanished += 1;
+                    self.follows.clear();
+                }
                 Err(FillError::Disk(_)) => {
                     self.follows.clear();
                     self.open_direct(self.gap(range)).await?;
@@ -218,6 +222,31 @@ impl Inner {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// Finds what has arrived in the tier's memory since, and lets go of what was purged.
+    fn catch_up(&mut self) {
+        if self.held.as_ref().is_none_or(|held| held.is_doomed()) {
+            let size = self.source.known.as_ref().map(|known| known.size);
+            self.held = self
+                .filler
+                .arrived(&self.source.revision)
+                // Else one validator names two lengths, and a guarded read will say so.
+                .filter(|held| size.is_none_or(|size| held.representation().size == size));
+        }
+    }
+
+    /// Opens the file at the start of `range` if there is one and it is closed, or finds it gone:
+    /// then the step says Missing.
+    async fn opened(&mut self, range: ByteRange) -> bool {
+        let Some(held) = &self.held else {
+            return false;
+        };
+        let closed = matches!(held.step(range), Step::Closed);
+        if closed {
+            held.open_at(range.start()).await;
+        }
+        closed
     }
 
     /// Keeps up to `fan_out` fills going from the start of `range` on, as far as it reaches.
@@ -261,10 +290,9 @@ impl Inner {
         let started = Instant::now();
         let mut vanished = 0;
         loop {
-            if let Some(held) = &self.held
-                && matches!(held.step(first), Step::Closed)
-            {
-                Arc::clone(held).open_at(first.start()).await;
+            self.catch_up();
+            if vanished < PATIENCE && self.opened(first).await {
+                vanished += 1;
                 continue;
             }
             let gap = match &self.held {
@@ -310,6 +338,7 @@ impl Inner {
                     return Ok(());
                 }
                 Ok(false) => vanished += 1,
+                Err(error) if error.is_purged() => vanished += 1,
                 Err(FillError::Disk(_)) => {
                     self.follows.clear();
                     return self.hold_back_direct(gap, trace, started).await;
@@ -419,6 +448,10 @@ impl Direct {
             match self.body.next().await {
                 Some(Ok(bytes)) => {
                     metrics.remote_bytes(bytes.len() as u64);
+                    if !bytes.is_empty() {
+                        // Patience is for standing still: this one read may last for hours.
+                        self.retries = Retries::new(source.retries);
+                    }
                     self.ready = bytes;
                 }
                 Some(Err(error)) => {

@@ -1,0 +1,256 @@
+//! One request after another through the tiers, where purges, overwrites and labels come in between.
+
+use http::HeaderMap;
+use pinrange::mount::{ForbiddenAs, Mount};
+use pinrange::payload::{BodyError, ChunkSource, Payload};
+use pinrange::semantics::precondition::Method;
+use pinrange::semantics::{RequestHead, Verdict};
+use pinrange::tiers::{Get, Opened, Refusal, TierSettings, Tiers};
+
+use super::*;
+
+struct Replica {
+    remote: Arc<FaultRemote<MemoryRemote>>,
+    mount: Arc<Mount>,
+    dir: Arc<TempDir>,
+    disk: Arc<DiskTier>,
+    filler: Arc<Filler>,
+    tiers: Arc<Tiers>,
+}
+
+impl Replica {
+    fn new(fresh_for: Duration) -> Self {
+        Self::with(fresh_for, MinFree::Bytes(0))
+    }
+
+    fn with(fresh_for: Duration, min_free: MinFree) -> Self {
+        let remote = Arc::new(FaultRemote::new(MemoryRemote::new()));
+        let mount = Arc::new(Mount {
+            path: "/m".to_owned(),
+            prefix: String::new(),
+            remote: Arc::clone(&remote) as Arc<dyn Remote>,
+            fresh_for,
+            stale_if_error: Duration::from_secs(300),
+            forbidden: ForbiddenAs::default(),
+            retries: 1,
+        });
+        Self::over(remote, mount, Arc::new(TempDir::new().unwrap()), min_free)
+    }
+
+    fn over(
+        remote: Arc<FaultRemote<MemoryRemote>>,
+        mount: Arc<Mount>,
+        dir: Arc<TempDir>,
+        min_free: MinFree,
+    ) -> Self {
+        let disk = DiskTier::open(DiskConfig {
+            dir: dir.path().join("cache"),
+            capacity: 1 << 30,
+            min_free,
+            block_size: BLOCK,
+        })
+        .unwrap();
+        let settings = FillSettings {
+            part_size: NonZeroU64::new(PART).unwrap(),
+            budget: 8 * PART,
+        };
+        let filler = Filler::new(Arc::clone(&disk), settings, Metrics::default());
+        let settings = TierSettings {
+            fan_out: 2,
+            part_size: PART,
+        };
+        let tiers = Tiers::new(
+            Arc::clone(&disk),
+            Arc::clone(&filler),
+            settings,
+            Metrics::default(),
+        );
+        Self {
+            remote,
+            mount,
+            dir,
+            disk,
+            filler,
+            tiers,
+        }
+    }
+
+    async fn restart(self) -> Self {
+        self.filler.shutdown().await;
+        self.disk.close().await.unwrap();
+        let Self {
+            remote, mount, dir, ..
+        } = self;
+        Self::over(remote, mount, dir, MinFree::Bytes(0))
+    }
+
+    /// Stores an object and returns its tag.
+    fn put(&self, object: &Bytes) -> String {
+        let stored = self.remote.inner().put("key", object.clone(), &[]);
+        stored.validator.as_field_value().to_owned()
+    }
+
+    async fn open(&self, if_match: Option<&str>) -> Result<Opened, Refusal> {
+        let mut fields = HeaderMap::new();
+        if let Some(tags) = if_match {
+            fields.insert(http::header::IF_MATCH, tags.parse().unwrap());
+        }
+        let head = RequestHead::from_headers(Method::Get, &fields).unwrap();
+        let get = Get {
+            mount: &self.mount,
+            key: "key",
+            head: &head,
+            no_cache: false,
+        };
+        soon(self.tiers.open(&get)).await
+    }
+
+    async fn whole(&self, if_match: Option<&str>) -> Vec<u8> {
+        let mut opened = self.open(if_match).await.unwrap();
+        assert!(matches!(opened.verdict, Verdict::Full));
+        rest(&mut opened, 0).await.unwrap()
+    }
+}
+
+async fn chunk(opened: &mut Opened, start: u64) -> Result<Vec<u8>, BodyError> {
+    let wanted = range(start, opened.representation.size);
+    let reader = opened.reader.as_mut().expect("the answer has a body");
+    let payload = soon(std::future::poll_fn(|cx| reader.poll_chunk(cx, wanted))).await?;
+    Ok(match payload {
+        Payload::File(extent) => read(&extent),
+        Payload::Memory(bytes) => bytes.to_vec(),
+    })
+}
+
+async fn rest(opened: &mut Opened, start: u64) -> Result<Vec<u8>, BodyError> {
+    let mut sent = Vec::new();
+    while start + (sent.len() as u64) < opened.representation.size {
+        let at = start + sent.len() as u64;
+        sent.extend(chunk(opened, at).await?);
+    }
+    Ok(sent)
+}
+
+#[tokio::test]
+async fn a_purge_does_not_cut_what_the_remote_still_has() {
+    let replica = Replica::new(Duration::from_secs(2));
+    let object = bytes(3, 4 * PART + 5);
+    let pin = replica.put(&object);
+    let gate = Gate::new();
+    // The third part has been asked for and not answered when the purge comes.
+    replica.remote.on(Op::Read, 3, Effect::Hold(gate.clone()));
+    let mut opened = replica.open(Some(&pin)).await.unwrap();
+    let response = tokio::spawn(async move { rest(&mut opened, 0).await });
+    soon(gate.reached()).await;
+    let purged = replica.tiers.purge(&replica.mount, "key", false).await;
+    assert_eq!(purged.unwrap().revisions, 1);
+    gate.open();
+    let sent = soon(response).await.unwrap();
+    assert!(sent.expect("cut by the purge") == object);
+    // What was fetched after the purge is kept like anything else.
+    let before = replica.remote.yielded();
+    assert!(replica.whole(Some(&pin)).await == object);
+    let again = replica.remote.yielded() - before;
+    assert!(
+        again <= 2 * PART,
+        "{again} bytes: more than what was purged"
+    );
+}
+
+#[tokio::test]
+async fn what_the_disk_has_is_not_fetched_for_a_new_label() {
+    let replica = Replica::new(Duration::ZERO);
+    let (old, new) = (bytes(4, 2 * PART), bytes(5, 3 * PART));
+    replica.put(&old);
+    assert!(replica.whole(None).await == old);
+    let pin = replica.put(&new);
+    assert!(replica.whole(Some(&pin)).await == new);
+    let replica = replica.restart().await;
+    let before = replica.remote.yielded();
+    assert!(replica.whole(None).await == new);
+    assert_eq!(
+        replica.remote.yielded(),
+        before,
+        "only the label had to be asked for"
+    );
+}
+
+#[tokio::test]
+async fn what_arrives_while_the_label_is_asked_for_is_not_fetched_twice() {
+    let replica = Replica::new(Duration::from_secs(2));
+    let object = bytes(6, PART);
+    let pin = replica.put(&object);
+    let gate = Gate::new();
+    replica
+        .remote
+        .on(Op::ReadCurrent, 1, Effect::Hold(gate.clone()));
+    let pinned = async {
+        gate.reached().await;
+        let sent = replica.whole(Some(&pin)).await;
+        gate.open();
+        sent
+    };
+    let (unpinned, pinned) = soon(async { tokio::join!(replica.whole(None), pinned) }).await;
+    assert!(unpinned == object && pinned == object);
+    assert_eq!(replica.remote.yielded(), PART);
+}
+
+#[tokio::test]
+async fn no_label_of_another_request_loses_a_pin() {
+    let replica = Replica::new(Duration::from_secs(600));
+    replica.put(&bytes(7, BLOCK));
+    replica.whole(None).await;
+    let new = bytes(8, BLOCK);
+    let listed = format!("\"elsewhere\", {}", replica.put(&new));
+    assert!(
+        replica.whole(Some(&listed)).await == new,
+        "uploaded after the label was asked for"
+    );
+    // And none is lost while nobody can be asked, however long ago the label was.
+    replica.remote.outage(Some(RemoteErrorKind::Unavailable));
+    let lost = replica.open(Some("\"a\", \"b\"")).await;
+    assert!(matches!(lost, Err(Refusal::Unavailable { .. })));
+    assert!(replica.whole(None).await == new, "the label is fresh");
+    replica.remote.outage(None);
+    let lost = replica.open(Some("\"a\", \"b\"")).await.unwrap();
+    assert!(matches!(lost.verdict, Verdict::PreconditionFailed));
+}
+
+#[tokio::test]
+async fn past_the_disk_patience_lasts_as_long_as_there_is_progress() {
+    let replica = Replica::with(Duration::from_secs(2), MinFree::Percent(100.0));
+    let object = bytes(9, 6 * PART);
+    let pin = replica.put(&object);
+    for nth in 1..=5 {
+        let cut = Effect::Cut {
+            after: PART,
+            kind: RemoteErrorKind::Unavailable,
+        };
+        replica.remote.on(Op::Read, nth, cut);
+    }
+    assert!(replica.whole(Some(&pin)).await == object);
+    assert_eq!(replica.remote.count(Op::Read), 6);
+    // Without progress it ends: one retry here.
+    replica.remote.on(
+        Op::Read,
+        7,
+        Effect::Cut {
+            after: 1,
+            kind: RemoteErrorKind::Unavailable,
+        },
+    );
+    for nth in 8..=9 {
+        let cut = Effect::Cut {
+            after: 0,
+            kind: RemoteErrorKind::Unavailable,
+        };
+        replica.remote.on(Op::Read, nth, cut);
+    }
+    let mut opened = replica.open(Some(&pin)).await.unwrap();
+    assert!(rest(&mut opened, 0).await.is_err());
+    assert_eq!(
+        replica.remote.count(Op::Read),
+        8,
+        "as many as the mount allows"
+    );
+}
