@@ -1345,6 +1345,7 @@ async fn a_real_nginx() {
             std::env::var_os("CI").is_none(),
             "CI has to have nginx at {NGINX}"
         );
+        eprintln!("SKIPPED: there is no nginx at {NGINX}");
         return;
     }
     let root = tempfile::tempdir().unwrap();

@@ -43,6 +43,9 @@ const PROBE: Duration = Duration::from_millis(700);
 /// A key that nobody has. Its read tells a missing bucket from a missing key, as a HEAD would not.
 const PROBE_KEY: &str = ".pinrange-probe";
 
+/// What [`DiskError`] does not say; [`DiskError::Locked`] speaks for itself.
+const UNUSABLE: &str = "the cache directory (cache.dir, --cache-dir) has to be one that this process can make and write to: ";
+
 /// Why a replica did not start. `Display` says where and what to do.
 #[derive(Debug, thiserror::Error)]
 #[expect(clippy::exhaustive_enums, reason = "closed: each has an exit code")]
@@ -60,7 +63,7 @@ pub enum StartError {
         source: io::Error,
     },
     /// The cache directory cannot be used.
-    #[error("{0}")]
+    #[error("{}{_0}", if matches!(_0, DiskError::Locked { .. }) { "" } else { UNUSABLE })]
     Disk(#[from] DiskError),
     /// A remote says that the configuration is wrong.
     #[error("mount {path}: {error}; {advice}")]
@@ -367,6 +370,8 @@ async fn open_mount(
                     "correct the credentials; if they may read but not list the bucket, set forbidden = \"404\"",
                 ));
             }
+            // The probe's key is missing, and this is how this bucket says so.
+            RemoteErrorKind::Forbidden => {}
             _ => warn_unreachable(config, &error),
         },
         Err(_elapsed) => tracing::warn!(

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pinrange::strict_s3::StrictS3;
@@ -76,10 +77,10 @@ impl Said {
 }
 
 /// Collects a stream as it comes, in a thread that ends with the stream.
-fn listen(stream: impl std::io::Read + Send + 'static) -> Said {
+fn listen(stream: impl std::io::Read + Send + 'static) -> (Said, JoinHandle<()>) {
     let said = Said::default();
     let to = said.clone();
-    std::thread::spawn(move || {
+    let listener = std::thread::spawn(move || {
         let mut stream = BufReader::new(stream);
         let mut line = Vec::new();
         while stream.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
@@ -90,13 +91,14 @@ fn listen(stream: impl std::io::Read + Send + 'static) -> Said {
             more.notify_all();
         }
     });
-    said
+    (said, listener)
 }
 
 /// A child whose stderr is collected; killed when dropped.
 pub(crate) struct Running {
     child: Child,
     stderr: Said,
+    listener: Option<JoinHandle<()>>,
 }
 
 impl Running {
@@ -106,8 +108,12 @@ impl Running {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
-        let stderr = listen(child.stderr.take().expect("it is piped"));
-        Self { child, stderr }
+        let (stderr, listener) = listen(child.stderr.take().expect("it is piped"));
+        Self {
+            child,
+            stderr,
+            listener: Some(listener),
+        }
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -122,11 +128,14 @@ impl Running {
         kill_process(pid, signal).expect("signal a child that has not been waited for");
     }
 
-    /// How it ended; it has to, soon.
+    /// How it ended; it has to, soon. All that it said is known then.
     pub(crate) fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().expect("ask for a child's status") {
+                if let Some(listener) = self.listener.take() {
+                    listener.join().expect("the listener does not panic");
+                }
                 return status;
             }
             assert!(Instant::now() < deadline, "no end: {}", self.stderr());
@@ -230,22 +239,14 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
 
 /// Runs a program to its end, which has to come soon.
 pub(crate) fn run(command: &mut Command) -> Output {
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
-    let mut stdout = child.stdout.take().expect("it is piped");
+    let mut running = Running::start(command.stdin(Stdio::null()).stdout(Stdio::piped()));
+    let mut stdout = running.child.stdout.take().expect("it is piped");
     let stdout = std::thread::spawn(move || {
         let mut bytes = Vec::new();
+        // What cannot be read is missed by the test.
         let _ = stdout.read_to_end(&mut bytes);
         bytes
     });
-    let mut running = Running {
-        stderr: listen(child.stderr.take().expect("it is piped")),
-        child,
-    };
     let status = running.wait();
     Output {
         status,
