@@ -586,15 +586,13 @@ impl Task {
         let end = span.end.min(read.representation.size);
 
         loop {
-            let error = match self
+            let Some(mut error) = self
                 .copy(&mut read, &mut writer, &mut answered, end)
                 .await?
-            {
-                None => return Ok(()),
-                Some(error) => error,
+            else {
+                return Ok(());
             };
             // Resumed at the exact offset, under the same If-Match, inside the same responses.
-            let mut error = error;
             read = loop {
                 retries.again(self, error).await?;
                 let rest = Span {
@@ -811,6 +809,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Between half and the whole of `pause`, so that the flights an outage cut do not return in step.
 fn jittered(pause: Duration) -> Duration {
     use std::hash::{BuildHasher, RandomState};
-    let random = RandomState::new().hash_one(0_u8) % 1024;
-    pause / 2 + pause.mul_f64(0.5 * random as f64 / 1024.0)
+    let random = RandomState::new().hash_one(0_u8).to_le_bytes()[0];
+    pause / 2 + (pause / 2).mul_f64(f64::from(random) / 255.0)
 }

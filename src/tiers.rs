@@ -172,6 +172,10 @@ pub enum Refusal {
 /// What became of a request on its way through the tiers, for `Cache-Status`, `Server-Timing`, the
 /// log and the metrics.
 #[derive(Clone, Debug, Default)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, each a parameter of a field"
+)]
 pub struct Trace {
     /// Why the remote was asked; `None`: a hit.
     pub forwarded: Option<Forwarded>,
@@ -269,6 +273,13 @@ impl Target<'_> {
         }
     }
 
+    fn revision(&self, representation: &Representation) -> Revision {
+        Revision {
+            key: self.key.clone(),
+            validator: representation.validator.clone(),
+        }
+    }
+
     fn remote(&self) -> &dyn Remote {
         &*self.get.mount.remote
     }
@@ -308,7 +319,8 @@ impl Tiers {
         }
         let mut relabels = 0;
         loop {
-            let current = self.current(&target).await?;
+            // Boxed, as all that asks the remote: a warm request is not to carry its size.
+            let current = Box::pin(self.current(&target)).await?;
             let label = current.representation.validator.clone();
             match self
                 .serve(&target, current.representation, current.held, current.trace)
@@ -373,7 +385,7 @@ impl Tiers {
         } else if trace.forwarded.is_none() {
             trace.forwarded = Some(Forwarded::Miss);
         }
-        let asked = self.ask_pinned(target, &source, held, &mut trace).await;
+        let asked = Box::pin(self.ask_pinned(target, &source, held, &mut trace)).await;
         let answer = match asked {
             Ok((representation, held)) => self.serve(target, representation, held, trace).await,
             Err(error) => Err(error),
@@ -737,7 +749,7 @@ enum OpenError {
     Fill(#[from] FillError),
     /// Somebody asked for all who waited.
     #[error("the remote was asked by another request")]
-    Shared(#[source] Arc<OpenError>),
+    Shared(#[source] Arc<Self>),
 }
 
 impl OpenError {

@@ -451,6 +451,10 @@ fn target(random: &mut Random) -> (Vec<u8>, bool) {
     }
 }
 
+#[expect(
+    clippy::too_many_lines,
+    reason = "a list of fields, each with what is wrong with it"
+)]
 fn field(world: &World, random: &mut Random) -> (Vec<u8>, bool) {
     let odd_ranges = [
         "bytes=",

@@ -69,6 +69,8 @@ fn config(dir: &Path, text: &str) -> Command {
         .env("PINRANGE_CACHE__DIR", dir.join("cache"));
     command
 }
+/// What is done to a catalog, and its name.
+type Harm<'a> = (&'static str, &'a dyn Fn(&Path));
 
 #[test]
 fn a_wrong_file_is_refused_with_its_line() {
@@ -268,7 +270,7 @@ async fn a_catalog_that_cannot_be_used_is_set_aside() {
         let len = usize::try_from(fs::metadata(file).unwrap().len()).unwrap();
         fs::write(file, Random(3).bytes(len)).unwrap();
     };
-    let harms: [(&str, &dyn Fn(&Path)); 2] = [("newer", &newer), ("corrupt", &corrupt)];
+    let harms: [Harm; 2] = [("newer", &newer), ("corrupt", &corrupt)];
     for (name, harm) in harms {
         let dir = tempfile::tempdir().unwrap();
         let before = replica(&s3, dir.path());

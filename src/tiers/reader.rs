@@ -87,7 +87,13 @@ impl Reader {
         trace: &mut Trace,
     ) -> Result<(), OpenError> {
         match &mut self.state {
-            State::Idle(inner) => inner.prepare(ranges, trace).await,
+            State::Idle(inner) => {
+                if inner.is_whole(ranges) {
+                    return Ok(());
+                }
+                // Boxed: a warm request is not to carry the size of a cold one.
+                Box::pin(inner.prepare(ranges, trace)).await
+            }
             State::Waiting(_) | State::Broken => {
                 unreachable!("a reader is prepared before its first chunk")
             }
@@ -155,6 +161,20 @@ impl Inner {
             self.read_ahead(range);
         }
         Some(Payload::File(extent))
+    }
+
+    /// Whether the response can begin at once and never has to wait for the remote.
+    fn is_whole(&mut self, ranges: &[ByteRange]) -> bool {
+        self.complete = match (&self.held, ranges.first()) {
+            (Some(held), Some(first)) => {
+                matches!(held.step(*first), Step::Present(_))
+                    && ranges
+                        .iter()
+                        .all(|range| held.first_missing(*range).is_none())
+            }
+            _ => false,
+        };
+        self.complete
     }
 
     async fn next(&mut self, range: ByteRange) -> Result<Payload, OpenError> {
@@ -256,7 +276,7 @@ impl Inner {
         let reached = self
             .follows
             .last()
-            .map_or(range.start(), |follow| follow.span().end);
+            .map_or_else(|| range.start(), |follow| follow.span().end);
         let window = self
             .settings
             .part_size

@@ -30,7 +30,7 @@ impl Replica {
             prefix: String::new(),
             remote: Arc::clone(&remote) as Arc<dyn Remote>,
             fresh_for,
-            stale_if_error: Duration::from_secs(300),
+            stale_if_error: Duration::from_mins(5),
             forbidden: ForbiddenAs::default(),
             retries: 1,
         });
@@ -197,7 +197,7 @@ async fn what_arrives_while_the_label_is_asked_for_is_not_fetched_twice() {
 
 #[tokio::test]
 async fn no_label_of_another_request_loses_a_pin() {
-    let replica = Replica::new(Duration::from_secs(600));
+    let replica = Replica::new(Duration::from_mins(10));
     replica.put(&bytes(7, BLOCK));
     replica.whole(None).await;
     let new = bytes(8, BLOCK);

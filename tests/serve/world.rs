@@ -144,13 +144,11 @@ impl World {
         let mut body = Vec::new();
         let mut cut = false;
         while let Some(frame) = incoming.frame().await {
-            match frame {
-                Ok(frame) => body.extend_from_slice(frame.data_ref().unwrap()),
-                Err(_) => {
-                    cut = true;
-                    break;
-                }
-            }
+            let Ok(frame) = frame else {
+                cut = true;
+                break;
+            };
+            body.extend_from_slice(frame.data_ref().unwrap());
         }
         Answer {
             status: head.status.as_u16(),
