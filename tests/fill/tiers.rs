@@ -9,6 +9,9 @@ use pinrange::tiers::{Get, Opened, Refusal, TierSettings, Tiers};
 
 use super::*;
 
+/// A sixteenth of the capacity.
+const SEGMENT: u64 = 2 * PART;
+
 struct Replica {
     remote: Arc<FaultRemote<MemoryRemote>>,
     mount: Arc<Mount>,
@@ -45,7 +48,7 @@ impl Replica {
     ) -> Self {
         let disk = DiskTier::open(DiskConfig {
             dir: dir.path().join("cache"),
-            capacity: 1 << 30,
+            capacity: 16 * SEGMENT,
             min_free,
             block_size: BLOCK,
         })
@@ -252,5 +255,31 @@ async fn past_the_disk_patience_lasts_as_long_as_there_is_progress() {
         replica.remote.count(Op::Read),
         8,
         "as many as the mount allows"
+    );
+}
+
+#[tokio::test]
+async fn a_disk_that_fails_midway_fails_no_response() {
+    let replica = Replica::new(Duration::from_secs(2));
+    // In the third of three segment files, the first two being there already.
+    let object = bytes(10, 2 * SEGMENT + 5);
+    let pin = replica.put(&object);
+    let third = usize::try_from(2 * SEGMENT / PART).unwrap() + 1;
+    let gate = Gate::new();
+    replica
+        .remote
+        .on(Op::Read, third, Effect::Hold(gate.clone()));
+    let mut opened = replica.open(Some(&pin)).await.unwrap();
+    let response = tokio::spawn(async move { rest(&mut opened, 0).await });
+    soon(gate.reached()).await;
+    let segments = replica.dir.path().join("cache").join("segments");
+    std::fs::rename(&segments, segments.with_extension("gone")).unwrap();
+    gate.open();
+    let sent = soon(response).await.unwrap();
+    assert!(sent.expect("cut by the disk") == object);
+    assert_eq!(
+        replica.remote.count(Op::Read),
+        third + 1,
+        "once for the disk that failed, and once past it"
     );
 }
