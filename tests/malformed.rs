@@ -109,6 +109,26 @@ async fn nothing_a_stranger_sends_hurts() {
     assert_eq!(serving.stop().code(), Some(0));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_has_one_host() {
+    let s3 = StrictS3::start(Options::memory(["bucket"])).await.unwrap();
+    let put = s3.put("bucket", "object", vec![7; 9], PutOptions::default());
+    put.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let serving = process::replica(&s3, dir.path());
+    for (request, status) in [
+        ("GET /m/object HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        ("GET /m/object HTTP/1.1\r\nHost:\r\n\r\n", 200),
+        ("GET /m/object HTTP/1.1\r\n\r\n", 400),
+        ("GET /m/object HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+        ("GET /m/object HTTP/1.0\r\n\r\n", 200),
+        ("GET /m/object HTTP/1.0\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    ] {
+        let answer = http::ask(serving.data, request);
+        assert_eq!(answer.status, status, "{request:?}");
+    }
+}
+
 fn pin(world: &World) -> String {
     format!("If-Match: {}\r\nRange: bytes=100-163\r\n", world.etag)
 }

@@ -477,3 +477,16 @@ fn a_directory_is_served_for_trying_it_out() {
     assert_eq!(output.status.code(), Some(73), "{}", stderr(&output));
     assert!(stderr(&output).contains("none"), "{}", stderr(&output));
 }
+
+/// The least there is to show, so that it is quick; the default takes longer than a test should.
+#[test]
+fn the_demo_shows_what_it_promises() {
+    let output = run(pinrange().args(["demo", "--size", "32"]));
+    let (said, log) = (
+        String::from_utf8(output.stdout.clone()).unwrap(),
+        stderr(&output),
+    );
+    assert_eq!(output.status.code(), Some(0), "{said}{log}");
+    assert!(said.contains("every byte was right"), "{said}");
+    assert!(!log.contains("ERROR"), "{log}");
+}

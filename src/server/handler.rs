@@ -10,7 +10,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::header::{CACHE_CONTROL, CONNECTION, HeaderMap, HeaderName, HeaderValue, VIA};
+use http::header::{CACHE_CONTROL, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, VIA};
 use http::{Request, Response};
 use http_body::Body as _;
 use tracing::{Instrument, Span, field};
@@ -184,6 +184,13 @@ impl Handler {
             http::Method::HEAD => Method::Head,
             _ => return Err(Rejected::Method),
         };
+        // RFC 9112 §3.2: two servers on the way that take different ones would disagree on what was asked for.
+        let hosts = request.headers.get_all(HOST).iter().count();
+        if hosts > 1 || (hosts == 0 && request.version == http::Version::HTTP_11) {
+            return Err(Rejected::Field(format!(
+                "a request has one Host field, not {hosts}"
+            )));
+        }
         let (mount, key) = self
             .mounts
             .resolve(request.uri.path())
