@@ -10,7 +10,7 @@
 //!   join returns    ├ B ┤          ├──── A ────┤├───── C ───────┤     (B and C are new)
 //! ```
 //!
-//! so staggered and misaligned requests share every byte (P8, `tests/serve.rs::
+//! so staggered and misaligned requests share every byte (P8, `tests/serve/main.rs::
 //! staggered_ranges_leave_the_remote_once`): a flight is never keyed by what somebody asked for. A flight is one
 //! guarded GET of at most a part, aligned to blocks. Its bytes go to the segment file first and
 //! everybody, the first asker too, sends behind the writer's cursor. No buffer lies between the
@@ -584,15 +584,13 @@ impl Task {
         let end = span.end.min(read.representation.size);
 
         loop {
-            let error = match self
+            let Some(mut error) = self
                 .copy(&mut read, &mut writer, &mut answered, end)
                 .await?
-            {
-                None => return Ok(()),
-                Some(error) => error,
+            else {
+                return Ok(());
             };
             // Resumed at the exact offset, under the same If-Match, inside the same responses.
-            let mut error = error;
             read = loop {
                 retries.again(self, error).await?;
                 let rest = Span {
@@ -809,6 +807,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Between half and the whole of `pause`, so that the flights an outage cut do not return in step.
 fn jittered(pause: Duration) -> Duration {
     use std::hash::{BuildHasher, RandomState};
-    let random = RandomState::new().hash_one(0_u8) % 1024;
-    pause / 2 + pause.mul_f64(0.5 * random as f64 / 1024.0)
+    let random = u16::try_from(RandomState::new().hash_one(0_u8) % 1024).unwrap_or(0);
+    pause / 2 + pause.mul_f64(0.5 * f64::from(random) / 1024.0)
 }

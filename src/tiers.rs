@@ -20,6 +20,10 @@
 //!
 //! **Cancellation.** Dropping [`Tiers::open`]'s future or a [`Reader`] stops nothing that others
 //! share: fills are detached, a label that is being asked for is asked again by the next in line.
+#![expect(
+    clippy::similar_names,
+    reason = "a request's head, and what is held: the words for them"
+)]
 
 mod current;
 mod reader;
@@ -172,6 +176,10 @@ pub enum Refusal {
 /// What became of a request on its way through the tiers, for `Cache-Status`, `Server-Timing`, the
 /// log and the metrics.
 #[derive(Clone, Debug, Default)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a word of its own in Cache-Status"
+)]
 pub struct Trace {
     /// Why the remote was asked; `None`: a hit.
     pub forwarded: Option<Forwarded>,
@@ -257,6 +265,13 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
+    fn revision(&self, representation: &Representation) -> Revision {
+        Revision {
+            key: self.key.clone(),
+            validator: representation.validator.clone(),
+        }
+    }
+
     fn source(&self, validator: Validator, known: Option<Arc<Representation>>) -> FillSource {
         FillSource {
             revision: Revision {
@@ -737,7 +752,7 @@ enum OpenError {
     Fill(#[from] FillError),
     /// Somebody asked for all who waited.
     #[error("the remote was asked by another request")]
-    Shared(#[source] Arc<OpenError>),
+    Shared(#[source] Arc<Self>),
 }
 
 impl OpenError {

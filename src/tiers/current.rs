@@ -20,7 +20,7 @@ use tokio::sync::MutexGuard;
 
 use super::{FirstWant, Forwarded, OpenError, Refusal, Target, Tiers, Trace, renew};
 use crate::disk::HeldRevision;
-use crate::object::{ObjectKey, Representation, Revision, Validator};
+use crate::object::{ObjectKey, Representation, Validator};
 use crate::remote::{Current, RemoteErrorKind, RemoteRead};
 use crate::semantics::precondition::Method;
 use crate::semantics::{RangeSpec, RequestHead, Verdict, evaluate};
@@ -31,7 +31,7 @@ const LABELS: NonZeroUsize = NonZeroUsize::new(65_536).expect("not zero");
 
 /// How often an unchanged label is written to the catalog again. It only has to be right within
 /// `stale_if_error` after a restart, and a disk hit writes nothing (P7).
-const PERSIST_EVERY: Duration = Duration::from_secs(60);
+const PERSIST_EVERY: Duration = Duration::from_mins(1);
 
 /// A `Last-Modified` this much in the past when it was seen names one upload: it counts whole seconds, and the
 /// remote's clock may differ a little from ours.
@@ -192,7 +192,7 @@ impl Tiers {
         };
         let head = target.get.head;
         if let Some(label) = state.usable(head, asked_after, arrived) {
-            return self.from_label(target, label, Trace::default()).await;
+            return self.by_label(target, label, Trace::default()).await;
         }
         let _turn = state.turn().await;
         let mut trace = Trace {
@@ -202,7 +202,7 @@ impl Tiers {
         if let Some(label) = state.usable(head, asked_after, arrived) {
             trace.forwarded = Some(Forwarded::Stale);
             trace.remote = arrived.elapsed();
-            return self.from_label(target, label, trace).await;
+            return self.by_label(target, label, trace).await;
         }
         if let Some(error) = state.failure_since(arrived) {
             return self.while_unreachable(target, &state, &error, trace).await;
@@ -233,7 +233,7 @@ impl Tiers {
         }
     }
 
-    async fn from_label(
+    async fn by_label(
         &self,
         target: &Target<'_>,
         label: Label,
@@ -242,7 +242,7 @@ impl Tiers {
         match label {
             Label::Absent => Err(Refusal::NotFound),
             Label::Present(representation) => {
-                let held = self.held(&self.revision(target, &representation)).await;
+                let held = self.held(&target.revision(&representation)).await;
                 if held.is_none() && trace.forwarded.is_none() {
                     trace.forwarded = Some(Forwarded::Miss);
                 }
@@ -252,13 +252,6 @@ impl Tiers {
                     trace,
                 })
             }
-        }
-    }
-
-    fn revision(&self, target: &Target<'_>, representation: &Representation) -> Revision {
-        Revision {
-            key: target.key.clone(),
-            validator: representation.validator.clone(),
         }
     }
 
@@ -292,7 +285,7 @@ impl Tiers {
         let asked = Instant::now();
         let last = self.last_label(target, state).await;
         let held = match &last {
-            Some((representation, _)) => self.held(&self.revision(target, representation)).await,
+            Some((representation, _)) => self.held(&target.revision(representation)).await,
             None => None,
         };
         trace.forwarded = Some(match (&held, target.get.no_cache) {
@@ -328,7 +321,7 @@ impl Tiers {
             held.filter(|held| held.revision().validator == representation.validator);
         if current_held.is_none() {
             // It may be one that was held before: its bytes need not be fetched again.
-            current_held = self.held(&self.revision(target, &representation)).await;
+            current_held = self.held(&target.revision(&representation)).await;
         }
         current_held = current_held.filter(|held| renew(held, &representation));
         if let Some(read) = read {
@@ -478,7 +471,7 @@ impl Tiers {
             && !target.get.no_cache
             && let Some((representation, confirmed)) = self.last_label(target, state).await
             && confirmed.elapsed().unwrap_or_default() <= target.get.mount.stale_if_error
-            && let Some(held) = self.held(&self.revision(target, &representation)).await
+            && let Some(held) = self.held(&target.revision(&representation)).await
             // An outage outranks 412 (P4).
             && !Label::Present(Arc::clone(&representation)).refuses(target.get.head)
         {

@@ -256,7 +256,7 @@ impl Inner {
         let reached = self
             .follows
             .last()
-            .map_or(range.start(), |follow| follow.span().end);
+            .map_or_else(|| range.start(), |follow| follow.span().end);
         let window = self
             .settings
             .part_size
