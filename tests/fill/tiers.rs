@@ -263,24 +263,31 @@ async fn a_disk_that_fails_midway_fails_no_response() {
     let replica = Replica::new(Duration::from_secs(2));
     let object = bytes(10, 4 * PART + 5);
     let pin = replica.put(&object);
-    // One segment file is there; those of the next two parts cannot be made.
-    let gates = [2, 3].map(|nth| {
-        let gate = Gate::new();
-        replica.remote.on(Op::Read, nth, Effect::Hold(gate.clone()));
-        gate
-    });
-    let breakage = async {
-        gates[0].reached().await;
-        gates[1].reached().await;
-        let segments = replica.dir.path().join("cache").join("segments");
-        std::fs::rename(&segments, segments.with_extension("gone")).unwrap();
-        gates.iter().for_each(Gate::open);
+    // The body has begun, out of the one segment file that is there; no other can be made.
+    let (first, second) = (Gate::new(), Gate::new());
+    let stall = Effect::Stall {
+        at: BLOCK,
+        gate: first.clone(),
     };
-    let (sent, ()) = soon(async { tokio::join!(replica.whole(Some(&pin)), breakage) }).await;
-    assert!(sent == object);
+    replica.remote.on(Op::Read, 1, stall);
+    replica.remote.on(Op::Read, 2, Effect::Hold(second.clone()));
+    let mut opened = replica.open(Some(&pin)).await.unwrap();
+    soon(second.reached()).await;
+    let segments = replica.dir.path().join("cache").join("segments");
+    std::fs::rename(&segments, segments.with_extension("gone")).unwrap();
+    second.open();
+    first.open();
+    let sent = rest(&mut opened, 0).await;
+    assert!(sent.expect("cut by the disk") == object);
+    let revision = Revision {
+        key: replica.mount.key("key"),
+        validator: opened.representation.validator.clone(),
+    };
+    let held = replica.filler.arrived(&revision).unwrap();
+    let size = object.len() as u64;
     assert_eq!(
-        replica.remote.count(Op::Read),
-        4,
-        "one for what the disk took, two that it did not, one past it"
+        held.first_missing(range(0, size)),
+        Some(range(PART, size)),
+        "the disk took no more"
     );
 }
