@@ -10,7 +10,7 @@
 //!   join returns    ├ B ┤          ├──── A ────┤├───── C ───────┤     (B and C are new)
 //! ```
 //!
-//! so staggered and misaligned requests share every byte (P8, `tests/serve.rs::
+//! so staggered and misaligned requests share every byte (P8, `tests/serve/main.rs::
 //! staggered_ranges_leave_the_remote_once`): a flight is never keyed by what somebody asked for. A flight is one
 //! guarded GET of at most a part, aligned to blocks. Its bytes go to the segment file first and
 //! everybody, the first asker too, sends behind the writer's cursor. No buffer lies between the

@@ -20,6 +20,10 @@
 //!
 //! **Cancellation.** Dropping [`Tiers::open`]'s future or a [`Reader`] stops nothing that others
 //! share: fills are detached, a label that is being asked for is asked again by the next in line.
+#![expect(
+    clippy::similar_names,
+    reason = "a request's head, and what is held: the words for them"
+)]
 
 mod current;
 mod reader;
@@ -261,6 +265,13 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
+    fn revision(&self, representation: &Representation) -> Revision {
+        Revision {
+            key: self.key.clone(),
+            validator: representation.validator.clone(),
+        }
+    }
+
     fn source(&self, validator: Validator, known: Option<Arc<Representation>>) -> FillSource {
         FillSource {
             revision: Revision {

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::room::{Charge, Room};
 
@@ -16,17 +17,32 @@ pub struct SegmentFile {
     // Before the charge: fields drop in order, and bytes come back only after the close.
     file: File,
     charge: Arc<Charge>,
+    unreadable: AtomicBool,
 }
 
 impl SegmentFile {
     pub(super) fn new(file: File, charge: Arc<Charge>) -> Arc<Self> {
         charge.room().file_opened();
-        Arc::new(Self { file, charge })
+        Arc::new(Self {
+            file,
+            charge,
+            unreadable: AtomicBool::new(false),
+        })
     }
 
     /// The open descriptor, for sendfile.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// A read of it failed, or it ends before what is recorded of it: whoever finds that out says so, and
+    /// the tier drops the segment before it is sent from again (P10). Cheap; may be called on a runtime's worker.
+    pub fn report_unreadable(&self) {
+        self.unreadable.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_unreadable(&self) -> bool {
+        self.unreadable.load(Ordering::Relaxed)
     }
 
     pub(super) fn charge(&self) -> &Charge {

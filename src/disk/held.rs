@@ -83,6 +83,11 @@ pub(super) struct Segment {
 }
 
 impl Segment {
+    /// The open file, unless a read of it failed: [`HeldRevision::open_at`] then drops the segment.
+    fn readable(&self) -> Option<&Arc<SegmentFile>> {
+        self.file.as_ref().filter(|file| !file.is_unreadable())
+    }
+
     /// Whether anyone but the tier holds the file.
     pub(super) fn in_use(&self) -> bool {
         self.file
@@ -189,7 +194,7 @@ impl HeldRevision {
                 continue;
             }
             segment.last_used = self.shared.tick();
-            let Some(file) = &segment.file else {
+            let Some(file) = segment.readable() else {
                 closed = true;
                 continue;
             };
@@ -300,7 +305,7 @@ impl HeldRevision {
         let mut closed = None;
         for (key, segment) in self.state.lock().files_mut(idx) {
             if segment.coverage.contains(block) {
-                if segment.file.is_some() {
+                if segment.readable().is_some() {
                     return None;
                 }
                 closed.get_or_insert((*key, segment.incarnation));
@@ -316,6 +321,13 @@ impl HeldRevision {
             let Some(segment) = state.segments.get(&key) else {
                 return;
             };
+            if segment.file.is_some() {
+                // Only one that cannot be read is opened again.
+                drop(state);
+                let why = io::Error::other("it could not be read while it was sent");
+                self.shared.quarantine(self, key, &why);
+                return;
+            }
             let highest = segment.coverage.highest().unwrap_or(0);
             (
                 self.segment_id(key, segment),

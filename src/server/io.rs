@@ -296,6 +296,7 @@ impl SendfileIo {
             match result {
                 Ok(0) => {
                     self.queue.set_cut(Cut::FileShort);
+                    extent.file().report_unreadable();
                     return Poll::Ready(Err(io::Error::new(
                         io::ErrorKind::UnexpectedEof,
                         "a segment file is shorter than what is recorded of it",
@@ -315,6 +316,7 @@ impl SendfileIo {
                 Err(error) => {
                     if !is_peer_error(&error) {
                         self.queue.set_cut(Cut::FileError);
+                        extent.file().report_unreadable();
                     }
                     return Poll::Ready(Err(error));
                 }

@@ -5,6 +5,9 @@
 //! before the GET (`a_get_that_nobody_wants_is_not_made`), during it (`a_flight_goes_on_without_followers`), and when a
 //! retry is due (`nothing_is_retried_for_nobody`); a purge (`a_purge_*`), the server's end
 //! (`shutdown_keeps_whole_blocks`), a panic (`a_flight_that_panics_hangs_nobody`).
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+#![expect(clippy::similar_names, reason = "held and head")]
+#![expect(clippy::large_futures, reason = "tests have stack enough")]
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

@@ -9,8 +9,8 @@ use pinrange::tiers::{Get, Opened, Refusal, TierSettings, Tiers};
 
 use super::*;
 
-/// A sixteenth of the capacity.
-const SEGMENT: u64 = 2 * PART;
+/// A sixteenth of the capacity, so that each part has a segment file of its own.
+const SEGMENT: u64 = PART;
 
 struct Replica {
     remote: Arc<FaultRemote<MemoryRemote>>,
@@ -140,23 +140,23 @@ async fn a_purge_does_not_cut_what_the_remote_still_has() {
     let object = bytes(3, 4 * PART + 5);
     let pin = replica.put(&object);
     let gate = Gate::new();
-    // The third part has been asked for and not answered when the purge comes.
+    // When the purge comes, a part is held, and one is asked for and not answered.
     replica.remote.on(Op::Read, 3, Effect::Hold(gate.clone()));
-    let mut opened = replica.open(Some(&pin)).await.unwrap();
-    let response = tokio::spawn(async move { rest(&mut opened, 0).await });
-    soon(gate.reached()).await;
-    let purged = replica.tiers.purge(&replica.mount, "key", false).await;
-    assert_eq!(purged.unwrap().revisions, 1);
-    gate.open();
-    let sent = soon(response).await.unwrap();
-    assert!(sent.expect("cut by the purge") == object);
-    // What was fetched after the purge is kept like anything else.
+    let purge = async {
+        gate.reached().await;
+        let purged = replica.tiers.purge(&replica.mount, "key", false).await;
+        assert_eq!(purged.unwrap().revisions, 1);
+        gate.open();
+    };
+    let (sent, ()) = soon(async { tokio::join!(replica.whole(Some(&pin)), purge) }).await;
+    assert!(sent == object);
+    // What was fetched after the purge is kept like anything else: at least the part that waited.
     let before = replica.remote.yielded();
     assert!(replica.whole(Some(&pin)).await == object);
     let again = replica.remote.yielded() - before;
     assert!(
-        again <= 2 * PART,
-        "{again} bytes: more than what was purged"
+        again <= 3 * PART + 5,
+        "{again} bytes: the part that came after the purge was not kept"
     );
 }
 
@@ -261,25 +261,33 @@ async fn past_the_disk_patience_lasts_as_long_as_there_is_progress() {
 #[tokio::test]
 async fn a_disk_that_fails_midway_fails_no_response() {
     let replica = Replica::new(Duration::from_secs(2));
-    // In the third of three segment files, the first two being there already.
-    let object = bytes(10, 2 * SEGMENT + 5);
+    let object = bytes(10, 4 * PART + 5);
     let pin = replica.put(&object);
-    let third = usize::try_from(2 * SEGMENT / PART).unwrap() + 1;
-    let gate = Gate::new();
-    replica
-        .remote
-        .on(Op::Read, third, Effect::Hold(gate.clone()));
+    // The body has begun, out of the one segment file that is there; no other can be made.
+    let (first, second) = (Gate::new(), Gate::new());
+    let stall = Effect::Stall {
+        at: BLOCK,
+        gate: first.clone(),
+    };
+    replica.remote.on(Op::Read, 1, stall);
+    replica.remote.on(Op::Read, 2, Effect::Hold(second.clone()));
     let mut opened = replica.open(Some(&pin)).await.unwrap();
-    let response = tokio::spawn(async move { rest(&mut opened, 0).await });
-    soon(gate.reached()).await;
+    soon(second.reached()).await;
     let segments = replica.dir.path().join("cache").join("segments");
     std::fs::rename(&segments, segments.with_extension("gone")).unwrap();
-    gate.open();
-    let sent = soon(response).await.unwrap();
+    second.open();
+    first.open();
+    let sent = rest(&mut opened, 0).await;
     assert!(sent.expect("cut by the disk") == object);
+    let revision = Revision {
+        key: replica.mount.key("key"),
+        validator: opened.representation.validator.clone(),
+    };
+    let held = replica.filler.arrived(&revision).unwrap();
+    let size = object.len() as u64;
     assert_eq!(
-        replica.remote.count(Op::Read),
-        third + 1,
-        "once for the disk that failed, and once past it"
+        held.first_missing(range(0, size)),
+        Some(range(PART, size)),
+        "the disk took no more"
     );
 }

@@ -1,5 +1,7 @@
 //! The whole replica over real sockets, in front of an S3 that enforces conditions and counts.
 //!
+//! `docs/PROMISES.md` has the tests elsewhere, the code, and the changes that were seen to make these fail.
+//!
 //! | promise | test |
 //! |---|---|
 //! | P1 | `swap_between_any_two_requests`, `a_swap_during_a_wide_download_cuts_it` |
