@@ -252,9 +252,11 @@ impl Default for ServerConfig {
 
 impl ServerConfig {
     /// `max_connections`, lowered to what `nofile` (the soft `RLIMIT_NOFILE`) leaves: two descriptors a
-    /// connection, and 256 kept back for the catalog, the listeners and the connections to S3.
+    /// connection, and 256, or a quarter if that is less, kept back for the catalog, the listeners and the
+    /// connections to S3.
     pub fn connections_within(&self, nofile: u64) -> usize {
-        let affordable = usize::try_from(nofile.saturating_sub(256) / 2).unwrap_or(usize::MAX);
+        let kept_back = 256.min(nofile / 4);
+        let affordable = usize::try_from((nofile - kept_back) / 2).unwrap_or(usize::MAX);
         self.max_connections.min(affordable).max(1)
     }
 }

@@ -586,12 +586,17 @@ impl Task {
         let end = span.end.min(read.representation.size);
 
         loop {
+            let begun = answered.view.cursor();
             let Some(mut error) = self
                 .copy(&mut read, &mut writer, &mut answered, end)
                 .await?
             else {
                 return Ok(());
             };
+            // Patience is for standing still: a connection that brought a block was worth its attempt.
+            if answered.view.cursor() - begun >= self.filler.block().get() {
+                retries = Retries::new(self.source.retries);
+            }
             // Resumed at the exact offset, under the same If-Match, inside the same responses.
             read = loop {
                 retries.again(self, error).await?;

@@ -127,6 +127,9 @@ impl Mounts {
             .ok_or(PathError::Malformed)?
             .split('/')
             .map(|segment| {
+                if !is_percent_encoded(segment) {
+                    return Err(PathError::Malformed);
+                }
                 let segment = percent_decode_str(segment)
                     .decode_utf8()
                     .map_err(|_| PathError::Malformed)?;
@@ -156,6 +159,17 @@ impl Mounts {
         }
         Err(PathError::Unknown)
     }
+}
+
+/// Whether every `%` begins an escape.
+fn is_percent_encoded(segment: &str) -> bool {
+    segment.split('%').skip(1).all(|escaped| {
+        escaped.len() >= 2
+            && escaped
+                .bytes()
+                .take(2)
+                .all(|digit| digit.is_ascii_hexdigit())
+    })
 }
 
 fn segments(path: &str) -> impl Iterator<Item = &str> {
@@ -230,6 +244,9 @@ mod tests {
         );
         assert_eq!(resolve(&mounts, "/a/%00"), Err(PathError::Malformed));
         assert_eq!(resolve(&mounts, "/a/%ff"), Err(PathError::Malformed));
+        assert_eq!(resolve(&mounts, "/a/x%"), Err(PathError::Malformed));
+        assert_eq!(resolve(&mounts, "/a/x%2"), Err(PathError::Malformed));
+        assert_eq!(resolve(&mounts, "/a/x%zz"), Err(PathError::Malformed));
         assert_eq!(resolve(&mounts, "/a"), Err(PathError::Unknown));
         assert_eq!(resolve(&mounts, "/a/"), Err(PathError::Unknown));
         assert_eq!(resolve(&mounts, "*"), Err(PathError::Malformed));

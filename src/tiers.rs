@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 use tracing::Instrument;
 
 use crate::disk::{DiskError, DiskTier, HeldRevision, Lookup, PurgeTarget, Purged};
-use crate::fill::{FillError, FillSource, Filler, Retries, Span, timed_read};
+use crate::fill::{FillError, FillSource, Filler, Follow, Retries, Span, timed_read};
 use crate::mount::{ForbiddenAs, Mount};
 use crate::object::{ObjectKey, Representation, Revision, Validator};
 use crate::remote::{Remote, RemoteError, RemoteErrorKind};
@@ -183,8 +183,10 @@ pub enum Refusal {
 pub struct Trace {
     /// Why the remote was asked; `None`: a hit.
     pub forwarded: Option<Forwarded>,
-    /// All the fetching was shared with others.
-    pub collapsed: bool,
+    /// Waited for what other requests had asked the remote for.
+    pub shared: bool,
+    /// Asked the remote for something itself.
+    pub own: bool,
     /// What was fetched goes to the disk.
     pub stored: bool,
     /// Answered from what is held because the remote could not be asked.
@@ -197,6 +199,22 @@ pub struct Trace {
     pub remote: Duration,
     /// Spent in the disk tier.
     pub disk: Duration,
+}
+
+impl Trace {
+    /// RFC 9211 `collapsed`: all the fetching was shared with others.
+    pub fn is_collapsed(&self) -> bool {
+        self.shared && !self.own
+    }
+
+    fn joined(&mut self, follow: &Follow) {
+        if follow.collapsed {
+            self.shared = true;
+        } else {
+            self.own = true;
+        }
+        self.queued = self.queued.max(follow.queued());
+    }
 }
 
 /// RFC 9211 `fwd`.
@@ -265,13 +283,6 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
-    fn revision(&self, representation: &Representation) -> Revision {
-        Revision {
-            key: self.key.clone(),
-            validator: representation.validator.clone(),
-        }
-    }
-
     fn source(&self, validator: Validator, known: Option<Arc<Representation>>) -> FillSource {
         FillSource {
             revision: Revision {
@@ -295,6 +306,9 @@ impl Target<'_> {
         &*self.get.mount.remote
     }
 }
+
+/// The most of the remote's `Retry-After` that is passed on: a typing error there is not to send clients away for years.
+const LONGEST_RETRY_AFTER: Duration = Duration::from_hours(1);
 
 /// How often an unpinned request starts again because the object changed between the label and the bytes.
 const RELABELS: usize = 5;
@@ -427,7 +441,7 @@ impl Tiers {
                 let held = held.filter(|held| renew(held, &representation));
                 Ok((representation, held))
             }
-            _ => self.first_guarded_read(target, source).await,
+            _ => self.first_guarded_read(target, source, trace).await,
         };
         trace.remote += started.elapsed();
         result
@@ -465,19 +479,22 @@ impl Tiers {
         &self,
         target: &Target<'_>,
         source: &FillSource,
+        trace: &mut Trace,
     ) -> Result<(Arc<Representation>, Option<Arc<HeldRevision>>), OpenError> {
+        trace.stored = true;
         let answered = match self.first_want(target.get.head) {
             FirstWant::Span(span) => {
                 let mut follows = self.filler.join(source, None, span, 1);
                 match follows.first_mut() {
-                    Some(follow) => match follow.answered().await {
-                        Ok(Some(answered)) => Ok(answered.held),
-                        // Done already: the tier has it.
-                        Ok(None) => {
-                            return self.known_or_gone(source).await;
+                    Some(follow) => {
+                        trace.joined(follow);
+                        match follow.answered().await {
+                            Ok(Some(answered)) => Ok(answered.held),
+                            // Done already: the tier has it.
+                            Ok(None) => return self.known_or_gone(source).await,
+                            Err(error) => Err(error),
                         }
-                        Err(error) => Err(error),
-                    },
+                    }
                     None => return self.known_or_gone(source).await,
                 }
             }
@@ -490,6 +507,7 @@ impl Tiers {
                     return Ok((held.representation(), Some(held)));
                 }
                 let era = self.filler.era();
+                trace.own = true;
                 match self
                     .retrying(target, "read", || target.remote().read(&guard, want))
                     .await
@@ -518,10 +536,12 @@ impl Tiers {
                 if matches!(error.kind, RemoteErrorKind::Unsatisfiable { .. }) =>
             {
                 // The range begins beyond the end. Only metadata is needed to say so properly.
-                let stat = self.stat_pinned(target, source, None).await?;
-                Ok((Arc::new(stat), None))
+                let stat = Arc::new(self.stat_pinned(target, source, None).await?);
+                trace.stored = false;
+                Ok((stat, None))
             }
             Err(FillError::Disk(_)) => {
+                trace.stored = false;
                 // The disk is of no help; one request more for the metadata, then past it.
                 let stat = self.stat_pinned(target, source, None).await?;
                 Ok((Arc::new(stat), None))
@@ -681,7 +701,7 @@ impl Tiers {
         let retry_after = match error.remote_kind() {
             Some(RemoteErrorKind::Throttled {
                 retry_after: Some(wait),
-            }) => *wait,
+            }) => (*wait).min(LONGEST_RETRY_AFTER),
             _ => Duration::from_secs(1),
         };
         let denied = target.get.mount.forbidden;

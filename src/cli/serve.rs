@@ -7,7 +7,7 @@ use super::demo::own_credentials;
 use super::{EX_CANTCREAT, one_line};
 use crate::config::{Config, MountConfig};
 use crate::remote::s3::CredentialSource;
-use crate::server::replica::{Replica, run_until_signal};
+use crate::server::replica::{Replica, raise_descriptor_limit, run_until_signal};
 use crate::strict_s3::{Options, StrictS3};
 
 /// Bucket name of `--dev`.
@@ -15,6 +15,7 @@ const DEV_BUCKET: &str = "dev";
 
 /// Runs a replica until SIGTERM or SIGINT; a second signal ends it at once.
 pub async fn run(mut config: Config) -> ExitCode {
+    raise_descriptor_limit();
     let dev = match config.dev.clone() {
         None => None,
         Some(dir) => match start_dev(&mut config, &dir).await {

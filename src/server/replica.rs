@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::Resource;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -66,7 +67,7 @@ pub enum StartError {
     #[error("{}{_0}", if matches!(_0, DiskError::Locked { .. }) { "" } else { UNUSABLE })]
     Disk(#[from] DiskError),
     /// A remote says that the configuration is wrong.
-    #[error("mount {path}: {error}; {advice}")]
+    #[error("mount {path}: {}; {advice}", error.detail)]
     Mount {
         /// The mount's path.
         path: String,
@@ -177,8 +178,19 @@ impl Replica {
         let handler = Arc::new(Handler::new(mounts, Arc::clone(&tiers), metrics));
         let data_address = data.local_addr()?;
         let admin_address = admin.local_addr()?;
+        let descriptors = rustix::process::getrlimit(Resource::Nofile)
+            .current
+            .unwrap_or(u64::MAX);
+        let max_connections = config.server.connections_within(descriptors);
+        if max_connections < config.server.max_connections {
+            tracing::warn!(
+                max_connections,
+                wanted = config.server.max_connections,
+                "the limit on open files ({descriptors}) allows fewer connections; raise it (ulimit -n, LimitNOFILE=)"
+            );
+        }
         let limits = Limits {
-            max_connections: config.server.connections_within(descriptors()),
+            max_connections,
             max_head: config.server.header_max_bytes,
             timeouts: Timeouts {
                 header: config.server.header_timeout,
@@ -318,10 +330,14 @@ async fn close(disk: &DiskTier) {
     }
 }
 
-/// The soft limit on descriptors.
-fn descriptors() -> u64 {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    limit.current.unwrap_or(u64::MAX)
+/// Raises the soft limit on descriptors to the hard one, as servers do: the soft one is low for the sake of
+/// programs that call `select`, which this one never does.
+pub fn raise_descriptor_limit() {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, limit) {
+        tracing::debug!(%error, "the limit on open files stays as it is");
+    }
 }
 
 async fn open_mount(

@@ -330,7 +330,7 @@ fn trace_fields(headers: &mut HeaderMap, trace: &Trace, method: Method) {
         if trace.stored {
             status.push_str("; stored");
         }
-        if trace.collapsed {
+        if trace.is_collapsed() {
             status.push_str("; collapsed");
         }
     } else {

@@ -196,7 +196,7 @@ impl Tiers {
         }
         let _turn = state.turn().await;
         let mut trace = Trace {
-            collapsed: true,
+            shared: true,
             ..Trace::default()
         };
         if let Some(label) = state.usable(head, asked_after, arrived) {
@@ -207,7 +207,8 @@ impl Tiers {
         if let Some(error) = state.failure_since(arrived) {
             return self.while_unreachable(target, &state, &error, trace).await;
         }
-        trace.collapsed = false;
+        trace.shared = false;
+        trace.own = true;
         let asked = Instant::now();
         match self.ask_current(target, &state, &mut trace).await {
             Ok(current) => {

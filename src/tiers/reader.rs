@@ -348,13 +348,7 @@ impl Inner {
                 Ok(true) => {
                     trace.remote += started.elapsed();
                     trace.stored = true;
-                    trace.collapsed |= self.follows.iter().all(|follow| follow.collapsed);
-                    trace.queued = self
-                        .follows
-                        .iter()
-                        .map(Follow::queued)
-                        .max()
-                        .unwrap_or_default();
+                    self.follows.iter().for_each(|follow| trace.joined(follow));
                     return Ok(());
                 }
                 Ok(false) => vanished += 1,

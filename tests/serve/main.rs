@@ -12,7 +12,7 @@
 //! | P6 | `unpinned_answers_follow_the_remote`, `stale_if_error_is_marked` |
 //! | P8 | `staggered_ranges_leave_the_remote_once` |
 //! | P9 | `a_client_that_leaves_hurts_nobody` |
-//! | P10 | `a_disk_without_room_fails_nothing` |
+//! | P10 | `a_disk_without_room_fails_nothing`, `a_segment_that_reads_short_is_dropped` |
 //! | P11 | `a_restart_keeps_what_was_written` |
 //! | P12 | `requests_that_are_refused` |
 
@@ -642,6 +642,34 @@ async fn a_disk_without_room_fails_nothing() {
         world.get("/m/object", &[("if-match", &tag)]).await.status,
         412
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_segment_that_reads_short_is_dropped() {
+    let world = World::new().await;
+    let object = bytes(38, 2 * PART);
+    let tag = world.put("object", &object);
+    let pinned = [("if-match", tag.as_str())];
+    assert!(world.get("/m/object", &pinned).await.body == object);
+    let mut truncated = 0;
+    for directory in std::fs::read_dir(world.config.cache.dir.join("segments")).unwrap() {
+        for file in std::fs::read_dir(directory.unwrap().path()).unwrap() {
+            let file = std::fs::File::options()
+                .write(true)
+                .open(file.unwrap().path())
+                .unwrap();
+            file.set_len(1_000_000).unwrap();
+            truncated += 1;
+        }
+    }
+    assert_eq!(truncated, 1);
+    let answer = world.get("/m/object", &pinned).await;
+    assert!(answer.cut, "a body is not padded");
+    assert!(answer.body == object[..answer.body.len()]);
+    let answer = world.get("/m/object", &pinned).await;
+    assert_eq!((answer.status, answer.cut), (200, false), "fetched again");
+    assert!(answer.body == object);
+    assert_eq!(world.replica.disk().stats().quarantines, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
