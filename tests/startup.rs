@@ -476,6 +476,38 @@ fn a_directory_is_served_for_trying_it_out() {
     assert!(stderr(&output).contains("none"), "{}", stderr(&output));
 }
 
+/// A log collector that dies must not take the replica with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_has_to_read_what_it_says() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let address = free_address();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut child = serve(&s3.endpoint(), dir.path())
+        .env("PINRANGE_SERVER__LISTEN", address.to_string())
+        .stdout(writer.try_clone().unwrap())
+        .stderr(writer)
+        .spawn()
+        .unwrap();
+    let began = Instant::now();
+    // It cannot say that it is ready.
+    while TcpStream::connect(address).is_err() && began.elapsed() < process::PATIENCE {
+        assert_eq!(child.try_wait().unwrap(), None);
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let answers: Vec<_> = (0..3)
+        .map(|_| std::panic::catch_unwind(|| http::get(address, "/m/object", "").status))
+        .collect();
+    let alive = child.try_wait().unwrap().is_none();
+    // Before anything is asserted, so that it does not outlive the test.
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(alive);
+    for answer in answers {
+        assert_eq!(answer.unwrap(), 200);
+    }
+}
+
 /// The least there is to show, so that it is quick; the default takes longer than a test should.
 #[test]
 fn the_demo_shows_what_it_promises() {
