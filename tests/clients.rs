@@ -80,7 +80,8 @@ impl World {
     fn assert_whole(&self, file: &Path) {
         assert!(
             fs::read(file).unwrap() == self.object,
-            "{file:?} is not the object"
+            "{} is not the object",
+            file.display()
         );
     }
 }

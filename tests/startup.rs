@@ -268,7 +268,7 @@ async fn a_catalog_that_cannot_be_used_is_set_aside() {
         let len = usize::try_from(fs::metadata(file).unwrap().len()).unwrap();
         fs::write(file, Random(3).bytes(len)).unwrap();
     };
-    let harms: [(&str, &dyn Fn(&Path)); 2] = [("newer", &newer), ("corrupt", &corrupt)];
+    let harms: [(&str, fn(&Path)); 2] = [("newer", newer), ("corrupt", corrupt)];
     for (name, harm) in harms {
         let dir = tempfile::tempdir().unwrap();
         let before = replica(&s3, dir.path());
