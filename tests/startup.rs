@@ -259,6 +259,7 @@ async fn a_cache_directory_in_use_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_catalog_that_cannot_be_used_is_set_aside() {
+    type Harm = fn(&Path);
     let s3 = s3().await;
     let newer = |file: &Path| {
         let catalog = rusqlite::Connection::open(file).unwrap();
@@ -268,7 +269,7 @@ async fn a_catalog_that_cannot_be_used_is_set_aside() {
         let len = usize::try_from(fs::metadata(file).unwrap().len()).unwrap();
         fs::write(file, Random(3).bytes(len)).unwrap();
     };
-    let harms: [(&str, fn(&Path)); 2] = [("newer", newer), ("corrupt", corrupt)];
+    let harms = [("newer", newer as Harm), ("corrupt", corrupt)];
     for (name, harm) in harms {
         let dir = tempfile::tempdir().unwrap();
         let before = replica(&s3, dir.path());
