@@ -109,6 +109,8 @@ pub fn init(format: LogFormat, default: &str) -> Result<(), InitError> {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
+        // They go to stderr too, by a macro that panics: a log that nobody reads any more must not fail requests.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     let result = match format {
         LogFormat::Text => builder.try_init(),

@@ -69,8 +69,6 @@ fn config(dir: &Path, text: &str) -> Command {
         .env("PINRANGE_CACHE__DIR", dir.join("cache"));
     command
 }
-/// What is done to a catalog, and its name.
-type Harm<'a> = (&'static str, &'a dyn Fn(&Path));
 
 #[test]
 fn a_wrong_file_is_refused_with_its_line() {
@@ -261,6 +259,7 @@ async fn a_cache_directory_in_use_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_catalog_that_cannot_be_used_is_set_aside() {
+    type Harm = fn(&Path);
     let s3 = s3().await;
     let newer = |file: &Path| {
         let catalog = rusqlite::Connection::open(file).unwrap();
@@ -270,7 +269,7 @@ async fn a_catalog_that_cannot_be_used_is_set_aside() {
         let len = usize::try_from(fs::metadata(file).unwrap().len()).unwrap();
         fs::write(file, Random(3).bytes(len)).unwrap();
     };
-    let harms: [Harm; 2] = [("newer", &newer), ("corrupt", &corrupt)];
+    let harms = [("newer", newer as Harm), ("corrupt", corrupt)];
     for (name, harm) in harms {
         let dir = tempfile::tempdir().unwrap();
         let before = replica(&s3, dir.path());
@@ -476,6 +475,38 @@ fn a_directory_is_served_for_trying_it_out() {
     let output = run(&mut command);
     assert_eq!(output.status.code(), Some(73), "{}", stderr(&output));
     assert!(stderr(&output).contains("none"), "{}", stderr(&output));
+}
+
+/// A log collector that dies must not take the replica with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_has_to_read_what_it_says() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let address = free_address();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut child = serve(&s3.endpoint(), dir.path())
+        .env("PINRANGE_SERVER__LISTEN", address.to_string())
+        .stdout(writer.try_clone().unwrap())
+        .stderr(writer)
+        .spawn()
+        .unwrap();
+    let began = Instant::now();
+    // It cannot say that it is ready.
+    while TcpStream::connect(address).is_err() && began.elapsed() < process::PATIENCE {
+        assert_eq!(child.try_wait().unwrap(), None);
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let answers: Vec<_> = (0..3)
+        .map(|_| std::panic::catch_unwind(|| http::get(address, "/m/object", "").status))
+        .collect();
+    let alive = child.try_wait().unwrap().is_none();
+    // Before anything is asserted, so that it does not outlive the test.
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(alive);
+    for answer in answers {
+        assert_eq!(answer.unwrap(), 200);
+    }
 }
 
 /// The least there is to show, so that it is quick; the default takes longer than a test should.

@@ -1,5 +1,6 @@
 //! `pinrange serve`: one replica, in front of the configured buckets or, with `--dev`, of a directory.
 
+use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -43,7 +44,9 @@ pub async fn run(mut config: Config) -> ExitCode {
     };
     if let Some(s3) = &dev {
         let endpoint = s3.endpoint();
-        eprintln!(
+        // Whoever does not read it does not need it.
+        let _ = writeln!(
+            io::stderr(),
             "the directory is the bucket {DEV_BUCKET} at {endpoint} (any credentials), to write to:\n  \
              AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY=x aws --endpoint-url {endpoint} s3 cp FILE s3://{DEV_BUCKET}/FILE"
         );
@@ -55,7 +58,7 @@ pub async fn run(mut config: Config) -> ExitCode {
     code
 }
 
-async fn start_dev(config: &mut Config, dir: &Path) -> std::io::Result<StrictS3> {
+async fn start_dev(config: &mut Config, dir: &Path) -> io::Result<StrictS3> {
     let s3 = StrictS3::start(Options::directory(DEV_BUCKET, dir)).await?;
     let mut mount = MountConfig::new("/", DEV_BUCKET);
     mount.endpoint = Some(s3.endpoint());

@@ -8,7 +8,7 @@
 //! A remote that cannot be reached is a warning: what the disk holds can be served without it (P5). One that
 //! answers «no such bucket» or denies us is a mistake in the configuration, and better found now.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::process::ExitCode;
@@ -273,10 +273,15 @@ pub async fn run_until_signal(replica: Replica) -> ExitCode {
             return ExitCode::from(71);
         }
     };
-    println!(
+    let ready = writeln!(
+        io::stdout(),
         "pinrange ready: data http://{} admin http://{}",
-        replica.data, replica.admin
+        replica.data,
+        replica.admin
     );
+    if let Err(error) = ready {
+        tracing::warn!(%error, "nobody reads on stdout that the replica is ready");
+    }
     let terminated = signals.next().await;
     tracing::info!("draining; a second signal ends at once");
     tokio::select! {
