@@ -182,7 +182,8 @@ impl Replica {
             .current
             .unwrap_or(u64::MAX);
         let max_connections = config.server.connections_within(descriptors);
-        if max_connections < config.server.max_connections {
+        // A few less than asked for is what limits look like; half is a mistake.
+        if max_connections < config.server.max_connections / 2 {
             tracing::warn!(
                 max_connections,
                 wanted = config.server.max_connections,
