@@ -156,6 +156,9 @@ impl Drop for Socket {
     }
 }
 
+/// How much of a timer's lateness a paced body catches up on.
+const LATENESS: Duration = Duration::from_millis(20);
+
 /// How fast bodies leave, changeable at any time.
 #[derive(Default)]
 pub(super) struct Pace {
@@ -305,7 +308,10 @@ impl Body for ResponseBody {
                 piece = piece.min((rate.get() / 100).max(1));
                 let nanoseconds = u128::from(piece) * 1_000_000_000 / u128::from(rate.get());
                 let takes = u64::try_from(nanoseconds).unwrap_or(u64::MAX);
-                *free_at = (*free_at).max(now) + Duration::from_nanos(takes);
+                // Timers are late by a millisecond or so, which is longer than a frame takes: what that
+                // cost is made good, else the rate would be far below what was asked for.
+                let earliest = now.checked_sub(LATENESS).unwrap_or(now);
+                *free_at = (*free_at).max(earliest) + Duration::from_nanos(takes);
             }
             let piece = usize::try_from(piece).expect("no more than is held");
             let data = this.held.split_to(piece);
