@@ -18,14 +18,13 @@ fn main() -> ExitCode {
         }
     };
     match cli.command {
-        // These two speak for themselves: only what goes wrong inside is logged. To the embedded S3's library every
-        // missing key is an error.
-        Command::Demo(args) => run(LogFormat::Text, "error,s3s=off", None, cli::demo::run(args)),
+        // These two speak for themselves: only what goes wrong inside is logged.
+        Command::Demo(args) => run(LogFormat::Text, "error", None, cli::demo::run(args)),
         Command::Get(args) => run(LogFormat::Text, "error", None, cli::get::run(*args)),
         Command::Serve(args) => match args.config() {
             Ok(config) => {
                 let (format, threads) = (config.server.log_format, config.server.worker_threads);
-                run(format, "info,s3s=off", threads, cli::serve::run(config))
+                run(format, "info", threads, cli::serve::run(config))
             }
             Err(error) => refuse(&error, cli::EX_CONFIG),
         },

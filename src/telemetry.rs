@@ -29,6 +29,7 @@ use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
 use crate::disk::DiskStats;
+use crate::remote::s3::QUIET;
 
 /// The variable that says what is logged, in the syntax of [`EnvFilter`]: `info`, `pinrange=debug`, …
 pub const LOG_VARIABLE: &str = "PINRANGE_LOG";
@@ -90,8 +91,9 @@ pub enum InitError {
     Repeated,
 }
 
-/// Sends this process's log to stderr, filtered by what [`LOG_VARIABLE`] says or, where it says nothing, by
-/// `default`.
+/// Sends this process's log to stderr, filtered by what [`LOG_VARIABLE`] says or, where it says nothing, by the level
+/// `default`, without what libraries say of things that we report ourselves: to the embedded S3's every missing
+/// key is an error, and see [`QUIET`].
 ///
 /// # Errors
 /// [`InitError`]; nothing is set up then.
@@ -99,7 +101,7 @@ pub fn init(format: LogFormat, default: &str) -> Result<(), InitError> {
     let variable = std::env::var_os(LOG_VARIABLE).filter(|value| !value.is_empty());
     // What is not UTF-8 becomes a filter that cannot be read, and is refused as one.
     let value = variable.map_or_else(
-        || default.into(),
+        || format!("{default},s3s=off,{QUIET}"),
         |value| value.to_string_lossy().into_owned(),
     );
     let filter = EnvFilter::try_new(&value).map_err(|error| InitError::Filter {

@@ -68,6 +68,10 @@ use super::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TR
 use crate::object::{Representation, Validator};
 use crate::semantics::{ByteRange, RangeSpec};
 
+/// Log directives for the SDK: its credential chain dumps each provider's failure, though what comes of them is in
+/// our own [`RemoteError`], which is logged once.
+pub const QUIET: &str = "aws_config=off";
+
 /// Longest key that S3 takes, in bytes; a longer one names nothing.
 const MAX_KEY: usize = 1024;
 
