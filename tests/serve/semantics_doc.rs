@@ -1,5 +1,7 @@
 //! Executes the examples of `docs/SEMANTICS.md`.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use http::Method;
 use pinrange::strict_s3::PutOptions;
@@ -30,6 +32,8 @@ fn put(world: &World, key: &str, text: &str) -> String {
 async fn the_examples_of_the_document_are_true() {
     let world = World::with(Setup {
         retries: 0,
+        // However slow the machine, no label ages between two examples.
+        fresh_for: Duration::from_mins(10),
         ..Setup::default()
     })
     .await;
