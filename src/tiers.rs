@@ -347,8 +347,15 @@ impl Tiers {
             // Boxed, as all that asks the remote: a warm request is not to carry its size.
             let current = Box::pin(self.current(&target)).await?;
             let label = current.representation.validator.clone();
+            let verdict = evaluate(get.head, &current.representation.metadata());
             match self
-                .serve(&target, current.representation, current.held, current.trace)
+                .serve(
+                    &target,
+                    current.representation,
+                    verdict,
+                    current.held,
+                    current.trace,
+                )
                 .await
             {
                 Ok(opened) => return Ok(opened),
@@ -375,7 +382,7 @@ impl Tiers {
     async fn open_pinned(&self, target: &Target<'_>, pin: Validator) -> Result<Opened, Refusal> {
         let started = Instant::now();
         let head = target.get.head;
-        let source = target.source(pin.clone(), None);
+        let source = target.source(pin, None);
         let held = self.held(&source.revision).await;
         let mut trace = Trace {
             disk: started.elapsed(),
@@ -399,7 +406,13 @@ impl Tiers {
             );
             if outcome == Outcome::FromDisk {
                 return self
-                    .serve(target, representation, Some(Arc::clone(held)), trace)
+                    .serve(
+                        target,
+                        representation,
+                        verdict,
+                        Some(Arc::clone(held)),
+                        trace,
+                    )
                     .await
                     .map_err(|error| self.refuse(target, error));
             }
@@ -412,7 +425,11 @@ impl Tiers {
         }
         let asked = Box::pin(self.ask_pinned(target, &source, held, &mut trace)).await;
         let answer = match asked {
-            Ok((representation, held)) => self.serve(target, representation, held, trace).await,
+            Ok((representation, held)) => {
+                let verdict = evaluate(head, &representation.metadata());
+                self.serve(target, representation, verdict, held, trace)
+                    .await
+            }
             Err(error) => Err(error),
         };
         answer.map_err(|error| self.refuse(target, error))
@@ -582,7 +599,13 @@ impl Tiers {
             let verdict = evaluate(target.get.head, &representation.metadata());
             if covers(&held, &verdict, target.get.head.method)
                 && let Ok(opened) = self
-                    .serve(target, representation, Some(held), Trace::default())
+                    .serve(
+                        target,
+                        representation,
+                        verdict,
+                        Some(held),
+                        Trace::default(),
+                    )
                     .await
             {
                 return Some(opened);
@@ -591,15 +614,15 @@ impl Tiers {
         None
     }
 
-    /// Evaluates the request against a representation and gets its first bytes.
+    /// Gets the first bytes of what the request is to be answered with.
     async fn serve(
         &self,
         target: &Target<'_>,
         representation: Arc<Representation>,
+        verdict: Verdict,
         held: Option<Arc<HeldRevision>>,
         mut trace: Trace,
     ) -> Result<Opened, OpenError> {
-        let verdict = evaluate(target.get.head, &representation.metadata());
         let ranges = wanted(&verdict, representation.size, target.get.head.method);
         let reader = if ranges.is_empty() {
             None

@@ -216,7 +216,7 @@ impl Server {
                 idle: PATIENT,
                 progress: PATIENT,
             },
-            ..Limits::default()
+            max_head: 16 << 10,
         };
         adjust(&mut limits);
         // xorshift: no two stretches are alike.

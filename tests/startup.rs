@@ -398,7 +398,7 @@ fn a_directory_is_served_for_trying_it_out() {
     let dir = tempfile::tempdir().unwrap();
     let files = dir.path().join("files");
     fs::create_dir(&files).unwrap();
-    let start = || {
+    let dev = |files: &Path| {
         let mut command = pinrange();
         command
             .args([
@@ -409,10 +409,11 @@ fn a_directory_is_served_for_trying_it_out() {
                 "127.0.0.1:0",
                 "--dev",
             ])
-            .arg(&files)
+            .arg(files)
             .env("XDG_CACHE_HOME", dir.path().join("home"));
-        Serving::start(&mut command)
+        command
     };
+    let start = || Serving::start(&mut dev(&files));
     let serving = start();
     let curl = |args: &[&str]| {
         let output = run(Command::new(&curl)
@@ -460,19 +461,7 @@ fn a_directory_is_served_for_trying_it_out() {
     assert!(!log.contains("ERROR"), "{log}");
     assert_eq!(serving.stop().code(), Some(0));
 
-    let mut command = pinrange();
-    command
-        .args([
-            "serve",
-            "--listen",
-            "127.0.0.1:0",
-            "--admin",
-            "127.0.0.1:0",
-            "--dev",
-        ])
-        .arg(dir.path().join("none"))
-        .env("XDG_CACHE_HOME", dir.path().join("home"));
-    let output = run(&mut command);
+    let output = run(&mut dev(&dir.path().join("none")));
     assert_eq!(output.status.code(), Some(73), "{}", stderr(&output));
     assert!(stderr(&output).contains("none"), "{}", stderr(&output));
 }

@@ -275,27 +275,6 @@ impl ByteRange {
         Self::from_bounds(self.start.max(offset), self.end())
     }
 
-    /// At most its first `len` bytes.
-    #[must_use]
-    pub fn take(self, len: NonZeroU64) -> Self {
-        Self {
-            start: self.start,
-            len: self.len.min(len),
-        }
-    }
-
-    /// Grown to multiples of `block` on both sides, the end not beyond `size`.
-    #[must_use]
-    pub fn align_outward(self, block: NonZeroU64, size: u64) -> Self {
-        let start = self.start - self.start % block;
-        // `None` where the next multiple lies past 64 bits, so past `size` too.
-        let end = self
-            .end()
-            .checked_next_multiple_of(block.get())
-            .map_or(size, |end| end.min(size));
-        self.hull(Self::from_bounds(start, end).unwrap_or(self))
-    }
-
     /// The closed form to ask a remote for.
     pub fn spec(self) -> RangeSpec {
         RangeSpec::Closed {
@@ -520,35 +499,6 @@ mod tests {
         );
         assert_eq!(Suffix(u64::MAX).resolve(u64::MAX), Some(whole));
         assert_eq!(From(u64::MAX).resolve(u64::MAX), None);
-        let last = From(u64::MAX - 1).resolve(u64::MAX).unwrap();
-        let block = NonZeroU64::new(1 << 18).unwrap();
-        let aligned = last.align_outward(block, u64::MAX);
-        assert_eq!(
-            (aligned.start(), aligned.end()),
-            (u64::MAX - (block.get() - 1), u64::MAX)
-        );
-    }
-
-    #[test]
-    fn align_outward_stays_within_the_object() {
-        let block = NonZeroU64::new(8).unwrap();
-        for (start, end, size, expected) in [
-            (0, 1, 100, (0, 8)),
-            (8, 16, 100, (8, 16)),
-            (7, 9, 100, (0, 16)),
-            (97, 98, 100, (96, 100)),
-            (3, 100, 100, (0, 100)),
-            (1, 2, 5, (0, 5)),
-        ] {
-            let aligned = ByteRange::from_bounds(start, end)
-                .unwrap()
-                .align_outward(block, size);
-            assert_eq!(
-                (aligned.start(), aligned.end()),
-                expected,
-                "{start}..{end} of {size}"
-            );
-        }
     }
 
     fn any_spec(top: u64) -> impl Strategy<Value = RangeSpec> {

@@ -78,29 +78,6 @@ pub struct Limits {
     pub timeouts: Timeouts,
 }
 
-impl Default for Limits {
-    /// For the data listener.
-    fn default() -> Self {
-        Self {
-            // At an estimated 20 KiB each (hyper's two buffers and the task) 80 MiB in all; the
-            // wide downloaders we know open 16 to 64 each.
-            max_connections: 4096,
-            // Twice the 8 KiB that S3 allows, so that we are never the stricter one.
-            max_head: 16 << 10,
-            timeouts: Timeouts {
-                // A head is one packet; this bounds who sends it byte by byte.
-                header: Duration::from_secs(10),
-                // Longer than the 60 s after which AWS's load balancers drop idle connections:
-                // whoever closes first must be the one that also opens, or requests are lost in
-                // between.
-                idle: Duration::from_secs(75),
-                // As nginx's send_timeout is 60 s, but a stalled client holds open files here.
-                progress: Duration::from_secs(30),
-            },
-        }
-    }
-}
-
 /// How a listener's connections ended when it was drained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DrainReport {
