@@ -660,6 +660,8 @@ fn descriptors_limit_connections() {
     let server = file(MINIMAL).unwrap().server;
     assert_eq!(server.connections_within(u64::MAX), 10_000);
     assert_eq!(server.connections_within(1024), 384);
+    assert_eq!(server.connections_within(256), 96);
+    assert_eq!(server.connections_within(64), 24);
     assert_eq!(server.connections_within(0), 1);
 }
 

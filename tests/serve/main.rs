@@ -72,6 +72,11 @@ async fn requests_of_a_cold_read() {
         .get("/m/other", &[("if-match", &tag), ("range", &range)])
         .await;
     assert_eq!(answer.status, 206);
+    assert_eq!(
+        answer.header("cache-status"),
+        "pinrange; fwd=miss; fwd-status=206; stored",
+        "nobody shared it"
+    );
     assert_eq!(answer.body, slice(&other, PART / 2, PART / 2 + PART));
     let log = world.s3.take_log();
     assert_eq!(
@@ -275,6 +280,18 @@ async fn an_outage_outranks_412_and_404() {
         }
         world.s3.clear_faults();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_after_without_end_is_capped() {
+    let world = World::new().await;
+    let tag = world.put("object", &bytes(39, PART));
+    let retry_after = Some(2_000_000_000);
+    world
+        .s3
+        .script(Fault::new(Effect::SlowDown { retry_after }).times(2));
+    let answer = world.get("/m/object", &[("if-match", &tag)]).await;
+    assert_eq!((answer.status, answer.header("retry-after")), (503, "3600"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
