@@ -144,7 +144,7 @@ impl From<ByteRange> for Span {
 enum Phase {
     Asked,
     Answered(Answered),
-    Done,
+    Done(Answered),
     Failed(FillError),
 }
 
@@ -202,18 +202,17 @@ impl Follow {
         Duration::from_micros(self.flight.queued.load(Ordering::Relaxed))
     }
 
-    /// Waits for the remote's guarded answer. `None`: the flight is over and its bytes are on
-    /// disk. Cancel safe.
-    pub async fn answered(&mut self) -> Result<Option<Answered>, FillError> {
+    /// Waits for the remote's guarded answer, which a flight that is done has had as well. Cancel safe.
+    pub async fn answered(&mut self) -> Result<Answered, FillError> {
         let phase = self
             .phase
             .wait_for(|phase| !matches!(phase, Phase::Asked))
             .await
             .map_err(|_closed| FillError::Stopped)?;
         match &*phase {
-            Phase::Answered(answered) => Ok(Some(answered.clone())),
-            Phase::Done | Phase::Asked => Ok(None),
+            Phase::Answered(answered) | Phase::Done(answered) => Ok(answered.clone()),
             Phase::Failed(error) => Err(error.clone()),
+            Phase::Asked => unreachable!("that is what was waited for"),
         }
     }
 
@@ -229,7 +228,7 @@ impl Follow {
                         return Ok(Some(extent));
                     }
                 }
-                Phase::Done => return Ok(None),
+                Phase::Done(_) => return Ok(None),
                 Phase::Failed(error) => return Err(error.clone()),
             }
             self.phase
@@ -488,16 +487,16 @@ impl Filler {
     }
 
     /// Takes the flight out of the map and tells the followers how it ended.
-    fn finish(&self, revision: &Revision, flight: &Arc<Flight>, end: Result<(), FillError>) {
+    fn finish(&self, revision: &Revision, flight: &Arc<Flight>, end: Result<Answered, FillError>) {
         take_out(&mut self.revisions.lock(), revision, flight);
         self.metrics.fill_finished(match &end {
-            Ok(()) => "done",
+            Ok(_) => "done",
             Err(FillError::Remote(error)) => error.kind.label(),
             Err(FillError::Disk(_)) => "disk",
             Err(FillError::Stopped) => "stopped",
         });
         flight.phase.send_replace(match end {
-            Ok(()) => Phase::Done,
+            Ok(answered) => Phase::Done(answered),
             Err(error) => Phase::Failed(error),
         });
     }
@@ -546,7 +545,7 @@ impl Task {
         self.filler.finish(&self.source.revision, &self.flight, end);
     }
 
-    async fn fetch(&self, first: Option<RemoteRead>) -> Result<(), FillError> {
+    async fn fetch(&self, first: Option<RemoteRead>) -> Result<Answered, FillError> {
         let span = self.flight.span;
         let length = span.end - span.start;
         let asked = Instant::now();
@@ -591,7 +590,7 @@ impl Task {
                 .copy(&mut read, &mut writer, &mut answered, end)
                 .await?
             else {
-                return Ok(());
+                return Ok(answered);
             };
             // Patience is for standing still: a connection that brought a block was worth its attempt.
             if answered.view.cursor() - begun >= self.filler.block().get() {

@@ -505,12 +505,7 @@ impl Tiers {
                 match follows.first_mut() {
                     Some(follow) => {
                         trace.joined(follow);
-                        match follow.answered().await {
-                            Ok(Some(answered)) => Ok(answered.held),
-                            // Done already: the tier has it.
-                            Ok(None) => return self.known_or_gone(source).await,
-                            Err(error) => Err(error),
-                        }
+                        follow.answered().await.map(|answered| answered.held)
                     }
                     None => return self.known_or_gone(source).await,
                 }
@@ -537,7 +532,7 @@ impl Tiers {
                         };
                         let follow = self.filler.adopt(&source, read, era);
                         let held = match follow {
-                            Some(mut follow) => follow.answered().await.ok().flatten(),
+                            Some(mut follow) => follow.answered().await.ok(),
                             None => None,
                         };
                         return Ok((known, held.map(|answered| answered.held)));

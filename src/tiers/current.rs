@@ -332,7 +332,7 @@ impl Tiers {
             );
             if let Some(mut follow) = self.filler.adopt(&source, read, era) {
                 // The hold-back waits for its bytes; a disk that cannot take them is found out there.
-                if let Ok(Some(answered)) = follow.answered().await {
+                if let Ok(answered) = follow.answered().await {
                     trace.stored = true;
                     current_held = Some(answered.held);
                 }

@@ -222,7 +222,7 @@ impl Inner {
             match follow.extent(range).await {
                 Ok(Some(extent)) => {
                     if self.held.is_none() {
-                        self.held = follow.answered().await?.map(|answered| answered.held);
+                        self.held = Some(follow.answered().await?.held);
                     }
                     self.read_ahead(range);
                     return Ok(Payload::File(extent));
@@ -345,13 +345,16 @@ impl Inner {
             self.follows.clear();
             self.read_ahead(within);
             match self.hold_back(first, gap, within).await {
-                Ok(true) => {
-                    trace.remote += started.elapsed();
-                    trace.stored = true;
+                Ok(at_hand) => {
+                    // Said here and not at the end: a flight may be over before its bytes are looked for.
+                    trace.stored |= !self.follows.is_empty();
                     self.follows.iter().for_each(|follow| trace.joined(follow));
-                    return Ok(());
+                    if at_hand {
+                        trace.remote += started.elapsed();
+                        return Ok(());
+                    }
+                    vanished += 1;
                 }
-                Ok(false) => vanished += 1,
                 Err(error) if error.is_purged() => vanished += 1,
                 Err(FillError::Disk(_)) => {
                     self.follows.clear();
@@ -377,9 +380,8 @@ impl Inner {
             1
         };
         for follow in self.follows.iter_mut().take(needed) {
-            if let Some(answered) = follow.answered().await? {
-                self.held.get_or_insert(answered.held);
-            }
+            let answered = follow.answered().await?;
+            self.held.get_or_insert(answered.held);
         }
         match self.follows.first_mut() {
             None => Ok(false),

@@ -529,6 +529,25 @@ async fn a_budget_smaller_than_a_part_still_lets_one_flight_go() {
     assert!(sent == world.object);
 }
 
+/// However late one looks: what a flight was answered is known after its end as well.
+#[tokio::test]
+async fn a_flight_that_is_over_still_has_its_answer() {
+    let world = World::new(PART, 8);
+    let mut follow = world.join_one(0, PART);
+    while soon(follow.extent(range(0, PART))).await.unwrap().is_some() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(
+        soon(follow.answered())
+            .await
+            .unwrap()
+            .held
+            .representation()
+            .size,
+        PART
+    );
+}
+
 #[tokio::test]
 async fn a_labelled_read_is_kept_unless_others_have_its_bytes() {
     let world = World::new(8 * PART, 8);
