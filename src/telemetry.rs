@@ -9,6 +9,7 @@
 //! makes them visible as 0 before the first event, so that `rate()` sees it. Any other label goes
 //! through its family's map and works as well.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::hash::Hash;
 use std::io::IsTerminal;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::encoding::{
     EncodeLabelSet, EncodeMetric, LabelSetEncoder, MetricEncoder, NoLabelSet,
@@ -26,6 +28,7 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Registry, Unit};
 use serde::Serialize;
+use tokio::time::Instant;
 use tracing_subscriber::EnvFilter;
 
 use crate::disk::DiskStats;
@@ -134,6 +137,14 @@ struct Inner {
     remote_requests: Children<RemoteLabels, Counter>,
     remote_ttfb: Children<OpLabel, Histogram>,
     remote_received: Counter,
+    hedges_sent: Counter,
+    hedges_won: Counter,
+    stalls: Counter,
+    resumes: Family<ReasonLabel, Counter>,
+    retries_refused: Counter,
+    remote_spared: Counter,
+    /// Until when which store asked to be left alone: as many as the configuration names.
+    silent: Mutex<BTreeMap<Arc<str>, Instant>>,
     fills_started: Counter,
     fills_finished: Family<OutcomeLabel, Counter>,
     fills: Gauge,
@@ -171,8 +182,9 @@ impl Metrics {
         self.0.sent.with([tier], |counter| counter.inc_by(bytes));
     }
 
-    /// One S3 request: `op` is stat, read or `read_current`; `result` is ok or a `RemoteErrorKind` label;
-    /// `ttfb` is the time to the response's head, or to the failure.
+    /// One S3 request: `op` is stat, read or `read_current`; `result` is ok, a `RemoteErrorKind` label, or
+    /// `called_off` where another request for the same was answered first; `ttfb` is the time to the response's head, to the
+    /// failure, or until it was called off.
     pub fn remote_request(&self, op: &'static str, result: &'static str, ttfb: Duration) {
         self.0.remote_requests.with([op, result], Counter::inc);
         self.0
@@ -183,6 +195,41 @@ impl Metrics {
     /// Body bytes received from S3.
     pub fn remote_bytes(&self, bytes: u64) {
         self.0.remote_received.inc_by(bytes);
+    }
+
+    /// A second GET was sent because the head of the first was late.
+    pub fn hedge_sent(&self) {
+        self.0.hedges_sent.inc();
+    }
+
+    /// The second GET was answered before the first.
+    pub fn hedge_won(&self) {
+        self.0.hedges_won.inc();
+    }
+
+    /// A body of S3 was given up because it was slower than others.
+    pub fn stall(&self) {
+        self.0.stalls.inc();
+    }
+
+    /// A body of S3 was resumed by another request. `reason`: stall, short or a `RemoteErrorKind` label.
+    pub fn resumed(&self, reason: &'static str) {
+        self.0.resumes.get_or_create(&ReasonLabel([reason])).inc();
+    }
+
+    /// A retry was not made because the replica's budget is used up.
+    pub fn retry_refused(&self) {
+        self.0.retries_refused.inc();
+    }
+
+    /// A request was not sent because its store asked to be left alone.
+    pub fn remote_spared(&self) {
+        self.0.remote_spared.inc();
+    }
+
+    /// This store asked to be left alone until then. It is no label: only how many do so is shown.
+    pub fn remote_silent(&self, store: &Arc<str>, until: Instant) {
+        self.0.silent.lock().insert(Arc::clone(store), until);
     }
 
     /// A fill began (gauge up).
@@ -226,6 +273,7 @@ impl Metrics {
     pub fn encode(&self, disk: Option<&DiskStats>) -> String {
         let mut text = String::new();
         encode_registry(&mut text, &self.0.registry)
+            .and_then(|()| encode_registry(&mut text, &self.silence_registry()))
             .and_then(|()| match disk {
                 Some(stats) => encode_registry(&mut text, &disk_registry(stats)),
                 None => Ok(()),
@@ -233,6 +281,19 @@ impl Metrics {
             .and_then(|()| encode_eof(&mut text))
             .expect("writing to a String cannot fail");
         text
+    }
+
+    fn silence_registry(&self) -> Registry {
+        let now = Instant::now();
+        let silent = self.0.silent.lock();
+        let silent = silent.values().filter(|until| **until > now).count();
+        let mut registry = Registry::with_prefix("pinrange");
+        registry.register(
+            "remotes_silent",
+            "Stores (endpoint and bucket) that asked by Retry-After to be left alone for now",
+            ConstGauge::new(silent as u64),
+        );
+        registry
     }
 }
 
@@ -253,6 +314,13 @@ impl Default for Inner {
             remote_requests: Children::new(&REMOTE_REQUESTS),
             remote_ttfb: Children::new(&REMOTE_OPS),
             remote_received: Counter::default(),
+            hedges_sent: Counter::default(),
+            hedges_won: Counter::default(),
+            stalls: Counter::default(),
+            resumes: Family::default(),
+            retries_refused: Counter::default(),
+            remote_spared: Counter::default(),
+            silent: Mutex::default(),
             fills_started: Counter::default(),
             fills_finished: Family::default(),
             fills: Gauge::default(),
@@ -328,6 +396,36 @@ impl Inner {
             "Body bytes received from S3",
             Unit::Bytes,
             self.remote_received.clone(),
+        );
+        registry.register(
+            "remote_hedges_sent",
+            "Second GETs, sent because the head of the first was late",
+            self.hedges_sent.clone(),
+        );
+        registry.register(
+            "remote_hedges_won",
+            "Second GETs that were answered before the first",
+            self.hedges_won.clone(),
+        );
+        registry.register(
+            "remote_stalls",
+            "Bodies of S3 that were given up because they were slower than others",
+            self.stalls.clone(),
+        );
+        registry.register(
+            "remote_resumes",
+            "Bodies of S3 that were resumed at their offset by another GET, by what broke them",
+            self.resumes.clone(),
+        );
+        registry.register(
+            "remote_retries_refused",
+            "Retries that were not made because the budget of the replica is used up",
+            self.retries_refused.clone(),
+        );
+        registry.register(
+            "remote_spared",
+            "Requests that were not sent to S3 because it asked by Retry-After to be left alone",
+            self.remote_spared.clone(),
         );
         registry.register("fills", "Fills under way", self.fills.clone());
         registry.register("fills_started", "Fills begun", self.fills_started.clone());
@@ -512,7 +610,7 @@ impl EncodeMetric for Histogram {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeSet;
 
     use super::*;
 
@@ -576,6 +674,12 @@ mod tests {
         metrics.remote_request("read", "ok", Duration::from_millis(30));
         metrics.remote_request("read", "timeout", Duration::from_secs(10));
         metrics.remote_bytes(1 << 40);
+        metrics.hedge_sent();
+        metrics.hedge_won();
+        metrics.stall();
+        metrics.resumed("stall");
+        metrics.retry_refused();
+        metrics.remote_spared();
         metrics.fill_started();
         metrics.fill_started();
         metrics.fill_finished("done");
@@ -590,6 +694,9 @@ mod tests {
     fn what_is_recorded_can_be_scraped() {
         let metrics = Metrics::default();
         record_everything(&metrics.clone());
+        let (now, minute) = (Instant::now(), Duration::from_mins(1));
+        metrics.remote_silent(&"one".into(), now + minute);
+        metrics.remote_silent(&"other".into(), now);
         let stats = DiskStats {
             used_bytes: 10,
             capacity_bytes: 20,
@@ -653,6 +760,13 @@ mod tests {
             ),
             ("pinrange_remote_ttfb_seconds_count{op=\"read\"}", "2"),
             ("pinrange_remote_received_bytes_total", "1099511627776"),
+            ("pinrange_remote_hedges_sent_total", "1"),
+            ("pinrange_remote_hedges_won_total", "1"),
+            ("pinrange_remote_stalls_total", "1"),
+            ("pinrange_remote_resumes_total{reason=\"stall\"}", "1"),
+            ("pinrange_remote_retries_refused_total", "1"),
+            ("pinrange_remote_spared_total", "1"),
+            ("pinrange_remotes_silent", "1"),
             ("pinrange_fills_started_total", "2"),
             ("pinrange_fills_finished_total{outcome=\"done\"}", "1"),
             ("pinrange_fills", "1"),

@@ -165,7 +165,6 @@ impl Replica {
                 fan_out: config.cache.fan_out,
                 part_size: part_size.get(),
             },
-            metrics.clone(),
         );
         let (readiness, is_ready) = watch::channel(Readiness::Ready);
         let operator = Operator {

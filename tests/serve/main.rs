@@ -18,6 +18,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod faults;
 mod semantics_doc;
 mod world;
 
@@ -254,17 +255,18 @@ async fn an_outage_outranks_412_and_404() {
         404
     );
     for (effect, status) in [
+        (Effect::InternalError, 503),
+        (Effect::AccessDenied, 502),
+        (Effect::WrongETag, 502),
+        (Effect::WrongContentRange, 502),
+        (Effect::IgnoreRange, 502),
+        // The last, for S3 is not asked again while it wants to be left alone.
         (
             Effect::SlowDown {
                 retry_after: Some(7),
             },
             503,
         ),
-        (Effect::InternalError, 503),
-        (Effect::AccessDenied, 502),
-        (Effect::WrongETag, 502),
-        (Effect::WrongContentRange, 502),
-        (Effect::IgnoreRange, 502),
     ] {
         world.s3.script(Fault::new(effect.clone()).times(2));
         let answer = world
