@@ -137,14 +137,7 @@ struct Inner {
     remote_requests: Children<RemoteLabels, Counter>,
     remote_ttfb: Children<OpLabel, Histogram>,
     remote_received: Counter,
-    hedges_sent: Counter,
-    hedges_won: Counter,
-    stalls: Counter,
-    resumes: Family<ReasonLabel, Counter>,
-    retries_refused: Counter,
-    remote_spared: Counter,
-    /// Until when which store asked to be left alone: as many as the configuration names.
-    silent: Mutex<BTreeMap<Arc<str>, Instant>>,
+    patience: Patience,
     fills_started: Counter,
     fills_finished: Family<OutcomeLabel, Counter>,
     fills: Gauge,
@@ -199,37 +192,45 @@ impl Metrics {
 
     /// A second GET was sent because the head of the first was late.
     pub fn hedge_sent(&self) {
-        self.0.hedges_sent.inc();
+        self.0.patience.hedges_sent.inc();
     }
 
     /// The second GET was answered before the first.
     pub fn hedge_won(&self) {
-        self.0.hedges_won.inc();
+        self.0.patience.hedges_won.inc();
     }
 
     /// A body of S3 was given up because it was slower than others.
     pub fn stall(&self) {
-        self.0.stalls.inc();
+        self.0.patience.stalls.inc();
     }
 
     /// A body of S3 was resumed by another request. `reason`: stall, short or a `RemoteErrorKind` label.
     pub fn resumed(&self, reason: &'static str) {
-        self.0.resumes.get_or_create(&ReasonLabel([reason])).inc();
+        self.0
+            .patience
+            .resumes
+            .get_or_create(&ReasonLabel([reason]))
+            .inc();
     }
 
     /// A retry was not made because the replica's budget is used up.
     pub fn retry_refused(&self) {
-        self.0.retries_refused.inc();
+        self.0.patience.retries_refused.inc();
     }
 
     /// A request was not sent because its store asked to be left alone.
     pub fn remote_spared(&self) {
-        self.0.remote_spared.inc();
+        self.0.patience.spared.inc();
     }
 
     /// This store asked to be left alone until then. It is no label: only how many do so is shown.
     pub fn remote_silent(&self, store: &Arc<str>, until: Instant) {
-        self.0.silent.lock().insert(Arc::clone(store), until);
+        self.0
+            .patience
+            .silent
+            .lock()
+            .insert(Arc::clone(store), until);
     }
 
     /// A fill began (gauge up).
@@ -285,7 +286,7 @@ impl Metrics {
 
     fn silence_registry(&self) -> Registry {
         let now = Instant::now();
-        let silent = self.0.silent.lock();
+        let silent = self.0.patience.silent.lock();
         let silent = silent.values().filter(|until| **until > now).count();
         let mut registry = Registry::with_prefix("pinrange");
         registry.register(
@@ -314,13 +315,7 @@ impl Default for Inner {
             remote_requests: Children::new(&REMOTE_REQUESTS),
             remote_ttfb: Children::new(&REMOTE_OPS),
             remote_received: Counter::default(),
-            hedges_sent: Counter::default(),
-            hedges_won: Counter::default(),
-            stalls: Counter::default(),
-            resumes: Family::default(),
-            retries_refused: Counter::default(),
-            remote_spared: Counter::default(),
-            silent: Mutex::default(),
+            patience: Patience::default(),
             fills_started: Counter::default(),
             fills_finished: Family::default(),
             fills: Gauge::default(),
@@ -397,6 +392,38 @@ impl Inner {
             Unit::Bytes,
             self.remote_received.clone(),
         );
+        self.patience.register(registry);
+        registry.register("fills", "Fills under way", self.fills.clone());
+        registry.register("fills_started", "Fills begun", self.fills_started.clone());
+        registry.register(
+            "fills_finished",
+            "Fills ended, by outcome",
+            self.fills_finished.clone(),
+        );
+        registry.register(
+            "followers",
+            "Responses that send behind the cursor of a fill",
+            self.followers.clone(),
+        );
+        self
+    }
+}
+
+/// What became of requests to S3 that were late, broken or not wanted there.
+#[derive(Default)]
+struct Patience {
+    hedges_sent: Counter,
+    hedges_won: Counter,
+    stalls: Counter,
+    resumes: Family<ReasonLabel, Counter>,
+    retries_refused: Counter,
+    spared: Counter,
+    /// Until when which store asked to be left alone: as many as the configuration names.
+    silent: Mutex<BTreeMap<Arc<str>, Instant>>,
+}
+
+impl Patience {
+    fn register(&self, registry: &mut Registry) {
         registry.register(
             "remote_hedges_sent",
             "Second GETs, sent because the head of the first was late",
@@ -425,21 +452,8 @@ impl Inner {
         registry.register(
             "remote_spared",
             "Requests that were not sent to S3 because it asked by Retry-After to be left alone",
-            self.remote_spared.clone(),
+            self.spared.clone(),
         );
-        registry.register("fills", "Fills under way", self.fills.clone());
-        registry.register("fills_started", "Fills begun", self.fills_started.clone());
-        registry.register(
-            "fills_finished",
-            "Fills ended, by outcome",
-            self.fills_finished.clone(),
-        );
-        registry.register(
-            "followers",
-            "Responses that send behind the cursor of a fill",
-            self.followers.clone(),
-        );
-        self
     }
 }
 
@@ -674,12 +688,6 @@ mod tests {
         metrics.remote_request("read", "ok", Duration::from_millis(30));
         metrics.remote_request("read", "timeout", Duration::from_secs(10));
         metrics.remote_bytes(1 << 40);
-        metrics.hedge_sent();
-        metrics.hedge_won();
-        metrics.stall();
-        metrics.resumed("stall");
-        metrics.retry_refused();
-        metrics.remote_spared();
         metrics.fill_started();
         metrics.fill_started();
         metrics.fill_finished("done");
@@ -694,9 +702,6 @@ mod tests {
     fn what_is_recorded_can_be_scraped() {
         let metrics = Metrics::default();
         record_everything(&metrics.clone());
-        let (now, minute) = (Instant::now(), Duration::from_mins(1));
-        metrics.remote_silent(&"one".into(), now + minute);
-        metrics.remote_silent(&"other".into(), now);
         let stats = DiskStats {
             used_bytes: 10,
             capacity_bytes: 20,
@@ -760,13 +765,6 @@ mod tests {
             ),
             ("pinrange_remote_ttfb_seconds_count{op=\"read\"}", "2"),
             ("pinrange_remote_received_bytes_total", "1099511627776"),
-            ("pinrange_remote_hedges_sent_total", "1"),
-            ("pinrange_remote_hedges_won_total", "1"),
-            ("pinrange_remote_stalls_total", "1"),
-            ("pinrange_remote_resumes_total{reason=\"stall\"}", "1"),
-            ("pinrange_remote_retries_refused_total", "1"),
-            ("pinrange_remote_spared_total", "1"),
-            ("pinrange_remotes_silent", "1"),
             ("pinrange_fills_started_total", "2"),
             ("pinrange_fills_finished_total{outcome=\"done\"}", "1"),
             ("pinrange_fills", "1"),
@@ -796,6 +794,34 @@ mod tests {
                 Some(value),
                 "{series} in {samples:#?}"
             );
+        }
+    }
+
+    #[test]
+    fn patience_with_the_remote_can_be_scraped() {
+        let metrics = Metrics::default();
+        metrics.hedge_sent();
+        metrics.hedge_won();
+        metrics.stall();
+        metrics.resumed("stall");
+        metrics.retry_refused();
+        metrics.remote_spared();
+        let (now, minute) = (Instant::now(), Duration::from_mins(1));
+        metrics.remote_silent(&"secret-bucket".into(), now + minute);
+        metrics.remote_silent(&"other".into(), now);
+        let text = metrics.encode(None);
+        assert!(!text.contains("secret-bucket"));
+        let samples = parse(&text);
+        for series in [
+            "pinrange_remote_hedges_sent_total",
+            "pinrange_remote_hedges_won_total",
+            "pinrange_remote_stalls_total",
+            "pinrange_remote_resumes_total{reason=\"stall\"}",
+            "pinrange_remote_retries_refused_total",
+            "pinrange_remote_spared_total",
+            "pinrange_remotes_silent",
+        ] {
+            assert_eq!(samples[series], "1", "{series}");
         }
     }
 

@@ -166,7 +166,8 @@ fn put(memory: &MemoryRemote, size: u64) -> (Bytes, Guard) {
     (object, guard)
 }
 
-fn origin_of(remote: Arc<dyn Remote>, retries: u32) -> Origin {
+fn origin_of<R: Remote>(remote: &Arc<R>, retries: u32) -> Origin {
+    let remote = Arc::clone(remote) as Arc<dyn Remote>;
     Origins::new(Metrics::default()).origin(&remote, retries)
 }
 
@@ -199,7 +200,7 @@ async fn cold_reads(count: usize, slow: u64, seed: u64) -> (Vec<Duration>, usize
         Course::head(MS * 20 + MS * jitter + if late { 2 * SECOND } else { Duration::ZERO })
     });
     let (_, guard) = put(&remote.memory, 1);
-    let origin = origin_of(Arc::clone(&remote) as Arc<dyn Remote>, 0);
+    let origin = origin_of(&remote, 0);
     let mut times = Vec::with_capacity(count);
     for nth in 1..=count {
         let asked = Instant::now();
@@ -224,6 +225,7 @@ async fn one_late_head_in_a_hundred_is_not_noticed() {
     for seed in [1, 2] {
         let (times, sent, origin) = cold_reads(READS, 10_000, seed).await;
         let late = times[READS - READS / 1_000];
+        println!("p99.9 {late:?}, healthy median {healthy_median:?}, {sent} requests for {READS}");
         assert!(
             late <= 5 * healthy_median,
             "p99.9 {late:?}, healthy median {healthy_median:?}"
@@ -244,17 +246,48 @@ async fn many_late_heads_neither_poison_the_trigger_nor_double_the_load() {
     assert!(late < 150 * MS, "{late:?} is one of the late");
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_hedge_that_fails_changes_nothing() {
-    let faults = Arc::new(FaultRemote::new(MemoryRemote::new()));
+/// After as many reads of 20 ms as have to be seen; two hedges are paid for.
+async fn warm(faults: &Arc<FaultRemote<MemoryRemote>>) -> (Origin, Guard, usize) {
     let (_, guard) = put(faults.inner(), 10);
-    let remote = Arc::clone(&faults) as Arc<dyn Remote>;
-    let origin = origin_of(remote, 0);
+    let origin = origin_of(faults, 0);
     let warm = usize::try_from(ENOUGH_READS).unwrap();
     for nth in 1..=warm {
         faults.on(Op::Read, nth, Effect::Delay(20 * MS));
         origin.read(&guard, ONE).await.unwrap();
     }
+    (origin, guard, warm)
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_quick_answer_wins_and_the_late_one_is_remembered() {
+    let faults = Arc::new(FaultRemote::new(MemoryRemote::new()));
+    let (origin, guard, warm) = warm(&faults).await;
+    let seen = || origin.store.first_byte.lock().count();
+    assert_eq!(seen(), ENOUGH_READS);
+    faults.on(Op::Read, warm + 1, Effect::Delay(2 * SECOND));
+    let asked = Instant::now();
+    origin.read(&guard, ONE).await.unwrap();
+    assert!(asked.elapsed() < 30 * MS, "{:?}", asked.elapsed());
+    assert_eq!(faults.count(Op::Read), warm + 2);
+    let late = origin.store.first_byte.lock().quantile(1_000);
+    assert!(seen() == ENOUGH_READS + 1 && late >= 22 * MS);
+    // Not while it wants to be left alone.
+    faults.on(Op::Read, warm + 3, Effect::Delay(2 * SECOND));
+    let late = origin.read(&guard, ONE);
+    let silence = async {
+        faults.called(Op::Read, warm + 3).await;
+        let until = Instant::now() + 5 * SECOND;
+        *origin.store.silent_until.lock() = Some(until);
+    };
+    let (answer, ()) = tokio::join!(late, silence);
+    answer.unwrap();
+    assert_eq!(faults.count(Op::Read), warm + 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hedge_that_fails_changes_nothing() {
+    let faults = Arc::new(FaultRemote::new(MemoryRemote::new()));
+    let (origin, guard, warm) = warm(&faults).await;
     let slow = || Effect::Delay(SECOND);
     let fail = |kind| Effect::Fail(kind);
     // The hedge fails, then the first answers.
@@ -287,7 +320,7 @@ async fn a_body_that_is_silent_or_drips_is_resumed_elsewhere() {
         let remote = Paced::new(move |nth| if nth == 1 { course } else { Course::default() });
         let size = 1024 * KIB;
         let (object, guard) = put(&remote.memory, size);
-        let origin = origin_of(Arc::clone(&remote) as Arc<dyn Remote>, 1);
+        let origin = origin_of(&remote, 1);
         let asked = Instant::now();
         assert!(whole(&origin, &guard, size).await.unwrap() == object);
         assert!(asked.elapsed() < 3 * SECOND, "{:?}", asked.elapsed());
@@ -309,7 +342,7 @@ async fn slow_is_no_stall_where_all_are_slow() {
     let remote = Paced::new(|_| Course::pace(4096, SECOND * 5 / 16));
     let size = 1024 * KIB;
     let (object, guard) = put(&remote.memory, size);
-    let origin = origin_of(Arc::clone(&remote) as Arc<dyn Remote>, 8);
+    let origin = origin_of(&remote, 8);
     assert!(whole(&origin, &guard, size).await.unwrap() == object);
     assert!(remote.reads() <= 4, "{} GETs", remote.reads());
     // But no window is waited for without end.
@@ -318,7 +351,7 @@ async fn slow_is_no_stall_where_all_are_slow() {
         ..Course::default()
     });
     let (_, guard) = put(&dead.memory, size);
-    let origin = origin_of(Arc::clone(&dead) as Arc<dyn Remote>, 8);
+    let origin = origin_of(&dead, 8);
     let asked = Instant::now();
     let error = whole(&origin, &guard, size).await.unwrap_err();
     assert_eq!(error.kind, RemoteErrorKind::Timeout);
@@ -329,7 +362,7 @@ async fn slow_is_no_stall_where_all_are_slow() {
 async fn a_slow_taker_is_no_stall() {
     let remote = Paced::new(|_| Course::pace(4096, 10 * MS));
     let (object, guard) = put(&remote.memory, 100 * KIB);
-    let origin = origin_of(Arc::clone(&remote) as Arc<dyn Remote>, 0);
+    let origin = origin_of(&remote, 0);
     let mut download = origin.download(guard, 0, 100 * KIB, ALWAYS).await.unwrap();
     let mut bytes = Vec::new();
     while bytes.len() < object.len() {
@@ -345,7 +378,7 @@ async fn an_outage_is_no_storm() {
     const REQUESTS: usize = 1_000;
     let faults = Arc::new(FaultRemote::new(MemoryRemote::new()));
     let (_, guard) = put(faults.inner(), 10);
-    let origin = origin_of(Arc::clone(&faults) as Arc<dyn Remote>, 8);
+    let origin = origin_of(&faults, 8);
     faults.outage(Some(RemoteErrorKind::Unavailable));
     for nth in 0..REQUESTS {
         let asked = Instant::now();
@@ -379,7 +412,7 @@ async fn an_outage_is_no_storm() {
 async fn three_failures_in_ten_are_all_mended() {
     let faults = Arc::new(FaultRemote::new(MemoryRemote::new()));
     let (_, guard) = put(faults.inner(), 10);
-    let origin = origin_of(Arc::clone(&faults) as Arc<dyn Remote>, 8);
+    let origin = origin_of(&faults, 8);
     for nth in 1..=4_000 {
         if random(5, nth) < 300_000 {
             let kind = match nth % 2 {
@@ -414,7 +447,7 @@ fn told(result: Result<impl std::fmt::Debug, RemoteError>) -> Duration {
 async fn a_store_that_asks_for_it_is_left_alone() {
     let faults = Arc::new(FaultRemote::new(MemoryRemote::new()));
     let (_, guard) = put(faults.inner(), 10);
-    let origin = origin_of(Arc::clone(&faults) as Arc<dyn Remote>, 3);
+    let origin = origin_of(&faults, 3);
     // For less than a second: waited for, by all who ask.
     faults.on(Op::Read, 1, throttled(0.8));
     let asked = Instant::now();
@@ -457,7 +490,7 @@ async fn in_the_middle_of_a_body_silence_is_waited_out_for_longer() {
         let faults = Arc::new(FaultRemote::new(MemoryRemote::new()));
         let size = 300 * KIB;
         let (object, guard) = put(faults.inner(), size);
-        let origin = origin_of(Arc::clone(&faults) as Arc<dyn Remote>, 3);
+        let origin = origin_of(&faults, 3);
         let cut = Effect::Cut {
             after: 100 * KIB,
             kind: RemoteErrorKind::Unavailable,
@@ -478,7 +511,7 @@ async fn in_the_middle_of_a_body_silence_is_waited_out_for_longer() {
 async fn what_nobody_wants_is_not_tried_again() {
     let faults = Arc::new(FaultRemote::new(MemoryRemote::new()));
     let (_, guard) = put(faults.inner(), 300 * KIB);
-    let origin = origin_of(Arc::clone(&faults) as Arc<dyn Remote>, 3);
+    let origin = origin_of(&faults, 3);
     let cut = Effect::Cut {
         after: 100 * KIB,
         kind: RemoteErrorKind::Unavailable,

@@ -139,6 +139,10 @@ async fn three_faults_in_ten_answers_reach_no_client() {
     let kinds: HashSet<_> = log.iter().flat_map(|entry| &entry.faults).collect();
     assert_eq!(kinds.len(), 5, "{kinds:?}");
     let sent = world.s3.stats().body_bytes_sent;
+    println!(
+        "{failed} of {} answers failed; S3 sent {sent} bytes for {unique}",
+        log.len()
+    );
     assert!(
         sent * 100 <= unique as u64 * 105,
         "S3 sent {sent} bytes for {unique}"
