@@ -207,6 +207,11 @@ impl Follow {
         Duration::from_micros(self.flight.queued.load(Ordering::Relaxed))
     }
 
+    /// Whether the remote has said something: [`Follow::answered`] returns at once.
+    pub fn has_answer(&self) -> bool {
+        !matches!(*self.phase.borrow(), Phase::Asked)
+    }
+
     /// Waits for the remote's guarded answer, which a flight that is done has had as well. Cancel safe.
     pub async fn answered(&mut self) -> Result<Answered, FillError> {
         let phase = self

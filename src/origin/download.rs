@@ -25,13 +25,13 @@ const WINDOW: u64 = 64 * 1024;
 
 /// No window is given up before this. S3 sends one in under a millisecond; what is lost in a network is sent again
 /// three times within it, and a client hardly takes it for more than a pause.
-const SHORTEST_STALL: Duration = Duration::from_secs(2);
+pub(super) const SHORTEST_STALL: Duration = Duration::from_secs(2);
 /// Nor is any waited for longer, however slow the others were: clients wait about as long themselves.
 const LONGEST_STALL: Duration = Duration::from_secs(30);
 
 impl Store {
     /// The time a window may take: four times what nine of ten take here.
-    fn stall_limit(&self) -> Duration {
+    pub(super) fn stall_limit(&self) -> Duration {
         let slow = self.window.lock().quantile(900);
         (slow * 4).clamp(SHORTEST_STALL, LONGEST_STALL)
     }

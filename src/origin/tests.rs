@@ -337,6 +337,22 @@ async fn a_body_that_is_silent_or_drips_is_resumed_elsewhere() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn stalls_do_not_make_for_more_patience_with_stalls() {
+    // Of bodies of one window, one in five.
+    let remote = Paced::new(|nth| Course {
+        silent_after: if nth % 5 == 0 { 0 } else { u64::MAX },
+        ..Course::default()
+    });
+    let (object, guard) = put(&remote.memory, 64 * KIB);
+    let origin = origin_of(&remote, 1);
+    for _ in 0..200 {
+        assert!(whole(&origin, &guard, 64 * KIB).await.unwrap() == object);
+    }
+    assert!(metric(&origin, "pinrange_remote_stalls_total") >= 40);
+    assert_eq!(origin.store.stall_limit(), download::SHORTEST_STALL);
+}
+
+#[tokio::test(start_paused = true)]
 async fn slow_is_no_stall_where_all_are_slow() {
     // 64 KiB take five seconds, on each connection.
     let remote = Paced::new(|_| Course::pace(4096, SECOND * 5 / 16));
@@ -521,7 +537,9 @@ async fn what_nobody_wants_is_not_tried_again() {
         .download(guard.clone(), 0, 300 * KIB, ALWAYS)
         .await
         .unwrap();
-    while download.frames(16, &|| false).await.is_ok() {}
+    while let Ok(frames) = download.frames(16, &|| false).await {
+        assert!(!frames.is_empty(), "it went on for nobody");
+    }
     faults.on(Op::Read, 2, Effect::Fail(RemoteErrorKind::Unavailable));
     let refused = origin.download(guard, 0, 1, &|| false).await;
     assert!(refused.is_err());

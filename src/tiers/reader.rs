@@ -363,20 +363,22 @@ impl Inner {
     /// Waits for the remote's answer to the first missing stretch, to all of them where the range is no
     /// longer than a part (so that a response of one GET each for two gaps is not cut between
     /// them), and for the first byte where it is missing. `false`: things changed; look again.
+    ///
+    /// What others' flights were answered before counts as held: it says nothing of what the remote has now.
     async fn hold_back(
         &mut self,
         first: ByteRange,
         gap: ByteRange,
         within: ByteRange,
     ) -> Result<bool, FillError> {
-        let needed = if within.len() <= self.settings.part_size {
-            self.follows.len()
-        } else {
-            1
-        };
-        for follow in self.follows.iter_mut().take(needed) {
+        let wide = within.len() > self.settings.part_size;
+        for follow in &mut self.follows {
+            let news = !follow.has_answer();
             let answered = follow.answered().await?;
             self.held.get_or_insert(answered.held);
+            if wide && news {
+                break;
+            }
         }
         match self.follows.first_mut() {
             None => Ok(false),

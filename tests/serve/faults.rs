@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::join_all;
 use pinrange::config::DEFAULT_RETRIES;
-use pinrange::strict_s3::{Effect, Fault, Op};
+use pinrange::strict_s3::{Effect, Fault, LogEntry, Op, RequestInfo};
 
 use super::world::{Answer, PART, Setup, World, bytes, slice};
 
@@ -38,6 +38,16 @@ fn three_in_ten(sequence: u64, seed: u64) -> Vec<Effect> {
         _ => return Vec::new(),
     };
     vec![effect]
+}
+
+/// Whether a body of an object of `size` bytes was not sent to its end.
+fn ends_short(entry: &LogEntry, size: usize) -> bool {
+    let range = entry.range.as_deref().and_then(|range| {
+        let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
+        Some((first.parse::<u64>().ok()?, last.parse::<u64>().ok()?))
+    });
+    let answered = range.filter(|_| entry.status == Some(206));
+    answered.is_some_and(|(first, last)| entry.body_bytes < (last + 1).min(size as u64) - first)
 }
 
 struct Object {
@@ -102,7 +112,7 @@ async fn three_faults_in_ten_answers_reach_no_client() {
         .map(|object| object.bytes.len())
         .sum();
     world.s3.clear_log();
-    let hook = |request: &pinrange::strict_s3::RequestInfo| three_in_ten(request.sequence, 11);
+    let hook = |request: &RequestInfo| three_in_ten(request.sequence, 11);
     world.s3.on_request(Some(Box::new(hook)));
 
     // Cold, by sixteen clients at a time: pinned ranges, and whole objects without a pin.
@@ -138,6 +148,21 @@ async fn three_faults_in_ten_answers_reach_no_client() {
     );
     let kinds: HashSet<_> = log.iter().flat_map(|entry| &entry.faults).collect();
     assert_eq!(kinds.len(), 5, "{kinds:?}");
+    // What stalls or breaks is left behind with its connection.
+    let size = |key: &str| {
+        let mut objects = small.iter().chain(&wide);
+        let object = objects.find(|object| object.path[3..] == *key);
+        object.expect("it was asked for").bytes.len()
+    };
+    for broken in log
+        .iter()
+        .filter(|entry| ends_short(entry, size(&entry.key)))
+    {
+        let again = log.iter().find(|later| {
+            later.sequence > broken.sequence && later.connection == broken.connection
+        });
+        assert!(again.is_none(), "{broken:?}, then {again:?}");
+    }
     let sent = world.s3.stats().body_bytes_sent;
     println!(
         "{failed} of {} answers failed; S3 sent {sent} bytes for {unique}",
