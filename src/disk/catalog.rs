@@ -351,6 +351,7 @@ impl Db {
         if commit == Commit::Durable {
             // Cannot fail outside a transaction; were it to, commits would only be slower.
             let _ = self.connection.pragma_update(None, "synchronous", "NORMAL");
+            failpoint::reached(&self.dir, Step::LogSynced);
         }
         result.map_err(|error| self.failed(&error))
     }

@@ -239,10 +239,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut checkpointer: Checkpointer) {
         let segments = work.blocks.len();
         let settled = settle(shared, work, commit);
         if settled.is_ok() {
-            shared.reached(match commit {
-                Commit::Ordered => Step::Recorded,
-                Commit::Durable => Step::RecordedDurably,
-            });
+            shared.reached(Step::Recorded);
         }
         if checkpointer.is_due(segments) {
             shared.reached(Step::Checkpointing);

@@ -28,8 +28,8 @@ pub(super) enum Step {
     DirectorySynced,
     /// A batch with coverage was committed.
     Recorded,
-    /// The same, and the log was synced.
-    RecordedDurably,
+    /// A commit, and with it all before it, was synced.
+    LogSynced,
     /// The log's pages are about to be moved into the database.
     Checkpointing,
     /// They were, or this failed.

@@ -30,7 +30,7 @@ const POINTS: &[Point] = &[
     Point::DataSynced,
     Point::DirectorySynced,
     Point::Recorded,
-    Point::RecordedDurably,
+    Point::LogSynced,
     Point::Checkpointing,
     Point::Checkpointed,
     Point::Evicted,
@@ -175,10 +175,7 @@ impl Recorder {
         let database = state.read(&self.dir.join("catalog.sqlite"));
         let log = state.read(&self.dir.join("catalog.sqlite-wal"));
         // What a commit with a sync or a checkpoint made durable is known to be once it is over.
-        if matches!(
-            point,
-            Point::RecordedDurably | Point::Purged | Point::Checkpointed | Point::Closed
-        ) {
+        if matches!(point, Point::LogSynced | Point::Checkpointed) {
             state.log = (generation(&log), commits(&log).last().copied().unwrap_or(0));
         }
         let log_durable = if state.log.0 == generation(&log) {
