@@ -341,10 +341,7 @@ impl Leaving<'_> {
     }
 
     fn lay_out(&self) -> TempDir {
-        // Memory, where there is such a thing.
-        let dir = tempfile::tempdir_in("/dev/shm")
-            .or_else(|_| tempfile::tempdir())
-            .unwrap();
+        let dir = in_memory();
         fs::write(dir.path().join("catalog.sqlite"), &self.image.database).unwrap();
         fs::write(dir.path().join("catalog.sqlite-wal"), self.log).unwrap();
         for (name, bytes) in &self.files {
@@ -405,11 +402,7 @@ impl Leaving<'_> {
     }
 
     async fn judge_tier(&self, dir: &Path) {
-        let seams = Seams {
-            sync: Box::new(Unsynced),
-            ..Seams::default()
-        };
-        let tier = DiskTier::open_with(config(dir), seams).unwrap();
+        let tier = unsynced(dir);
         wait_for_sweep(&tier);
         let what = &self.what;
         for name in NAMES {
@@ -476,7 +469,22 @@ impl Leaving<'_> {
     }
 }
 
+/// A directory that costs no disk its time, where there is such a thing.
+fn in_memory() -> TempDir {
+    tempfile::tempdir_in("/dev/shm")
+        .or_else(|_| tempfile::tempdir())
+        .unwrap()
+}
+
 /// For images, which nobody takes the power from.
+fn unsynced(dir: &Path) -> Arc<DiskTier> {
+    let seams = Seams {
+        sync: Box::new(Unsynced),
+        ..Seams::default()
+    };
+    DiskTier::open_with(config(dir), seams).unwrap()
+}
+
 struct Unsynced;
 
 impl Syncer for Unsynced {
@@ -605,4 +613,140 @@ async fn whenever_the_power_goes_no_row_is_without_its_data() {
         .filter(|point| !points.contains(point))
         .collect();
     assert!(missing.is_empty(), "never reached: {missing:?}");
+}
+
+/// A directory as a crash may leave it while a catalog is being set aside: each file with its content, or names as they were
+/// when the directory was last synced.
+struct SideFiles {
+    dir: PathBuf,
+    state: Mutex<SideState>,
+}
+
+#[derive(Default)]
+struct SideState {
+    /// Files at the last sync of the directory.
+    synced: BTreeMap<String, Vec<u8>>,
+    images: Vec<(String, BTreeMap<String, Vec<u8>>)>,
+}
+
+impl SideFiles {
+    fn read(&self) -> BTreeMap<String, Vec<u8>> {
+        fs::read_dir(&self.dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.is_file())
+            .map(|path| (name_of(&path), fs::read(path).unwrap()))
+            .collect()
+    }
+}
+
+struct SyncingSideFiles(Arc<SideFiles>);
+
+impl Syncer for SyncingSideFiles {
+    fn data(&self, _: &File) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn directory(&self, path: &Path) -> io::Result<()> {
+        if path == self.0.dir {
+            self.0.state.lock().synced = self.0.read();
+        }
+        Ok(())
+    }
+}
+
+/// What was purged is in the database, and its purge in the log: wherever the power goes while the two are
+/// set aside, they must never be used one without the other.
+#[tokio::test]
+async fn a_catalog_that_is_set_aside_never_comes_back_without_its_log() {
+    let origin = tempfile::tempdir().unwrap();
+    let tier = open(origin.path());
+    put(&tier, "purged", SEGMENT).await;
+    tier.close().await.unwrap();
+    let tier = open(origin.path());
+    tier.purge(PurgeTarget::Key(key("purged"))).await.unwrap();
+    let purged = crash_copy(origin.path());
+    tier.close().await.unwrap();
+    let log = fs::read(purged.path().join("catalog.sqlite-wal")).unwrap();
+    assert!(!commits(&log).is_empty());
+    let newer = |dir: &Path| {
+        let catalog = Connection::open(dir.join("catalog.sqlite")).unwrap();
+        catalog
+            .pragma_update(None, "wal_autocheckpoint", 0)
+            .unwrap();
+        catalog.pragma_update(None, "user_version", 1000).unwrap();
+        // As a crash leaves it: with its log.
+        crash_copy(dir)
+    };
+    let damaged = |dir: &Path| {
+        let left = crash_copy(dir);
+        fs::write(left.path().join("catalog.damaged"), "found by a query").unwrap();
+        left
+    };
+    for spoil in [&newer as &dyn Fn(&Path) -> TempDir, &damaged] {
+        let left = spoil(crash_copy(purged.path()).path());
+        let old: i64 = {
+            // What would be served if the log were lost.
+            let copy = tempfile::tempdir().unwrap();
+            let database = copy.path().join("catalog.sqlite");
+            fs::copy(left.path().join("catalog.sqlite"), &database).unwrap();
+            rows(copy.path(), "revisions")
+        };
+        assert_eq!(old, 1);
+        let side = Arc::new(SideFiles {
+            dir: left.path().to_owned(),
+            state: Mutex::default(),
+        });
+        side.state.lock().synced = side.read();
+        let me = Arc::clone(&side);
+        let watch = Watch::new(left.path(), move |point| {
+            let live = me.read();
+            let mut state = me.state.lock();
+            let synced = state.synced.clone();
+            // A journal keeps renames in their order, or loses them; without one, a part of them.
+            let mut parts = vec![("nothing", synced.clone()), ("all", live.clone())];
+            for (what, suffix) in [("only the database's", ""), ("only the log's", "-wal")] {
+                let name = format!("catalog.sqlite{suffix}");
+                let mut part = synced.clone();
+                if !live.contains_key(&name) {
+                    part.remove(&name);
+                }
+                parts.push((what, part));
+            }
+            for (what, files) in parts {
+                state
+                    .images
+                    .push((format!("{point:?}, of the renames {what} kept"), files));
+            }
+        });
+        let seams = Seams {
+            sync: Box::new(SyncingSideFiles(Arc::clone(&side))),
+            ..Seams::default()
+        };
+        let tier = DiskTier::open_with(config(left.path()), seams).unwrap();
+        assert!(tier.load(&revision("purged", "a")).await.is_none());
+        tier.close().await.unwrap();
+        drop(watch);
+        let images = std::mem::take(&mut side.state.lock().images);
+        for point in ["Marked", "SetAside", "Unmarked"] {
+            assert!(images.iter().any(|(what, _)| what.starts_with(point)));
+        }
+        let mut seen = HashSet::new();
+        for (what, files) in images {
+            if !seen.insert(files.clone()) {
+                continue;
+            }
+            let image = in_memory();
+            for (name, bytes) in &files {
+                fs::write(image.path().join(name), bytes).unwrap();
+            }
+            let tier = unsynced(image.path());
+            let held = tier.load(&revision("purged", "a")).await;
+            assert!(held.is_none(), "{what}: an older state of it was used");
+            let held = put(&tier, "late", SEGMENT).await;
+            assert_holds(&held, "late", range(0, SEGMENT)).await;
+            tier.close().await.unwrap();
+            assert!(!image.path().join("catalog.damaged").exists(), "{what}");
+        }
+    }
 }
