@@ -703,21 +703,22 @@ async fn a_catalog_that_is_set_aside_never_comes_back_without_its_log() {
             let live = me.read();
             let mut state = me.state.lock();
             let synced = state.synced.clone();
-            // A journal keeps renames in their order, or loses them; without one, a part of them.
-            let mut parts = vec![("nothing", synced.clone()), ("all", live.clone())];
-            for (what, suffix) in [("only the database's", ""), ("only the log's", "-wal")] {
-                let name = format!("catalog.sqlite{suffix}");
-                let mut part = synced.clone();
-                if !live.contains_key(&name) {
-                    part.remove(&name);
+            // A journal keeps what was done since the last sync in its order, or loses it; without one, any of it is kept.
+            for kept in 0..8 {
+                let mut files = synced.clone();
+                let names = ["catalog.sqlite", "catalog.sqlite-wal", "catalog.damaged"];
+                let gone = names
+                    .iter()
+                    .enumerate()
+                    .filter(|(bit, name)| kept & 1 << bit != 0 && !live.contains_key(**name));
+                for (_, name) in gone {
+                    files.remove(*name);
                 }
-                parts.push((what, part));
-            }
-            for (what, files) in parts {
                 state
                     .images
-                    .push((format!("{point:?}, of the renames {what} kept"), files));
+                    .push((format!("{point:?}, kept {kept:03b}"), files));
             }
+            state.images.push((format!("{point:?}, all kept"), live));
         });
         let seams = Seams {
             sync: Box::new(SyncingSideFiles(Arc::clone(&side))),
