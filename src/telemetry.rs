@@ -614,6 +614,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "most of them are a table")]
     fn what_is_recorded_can_be_scraped() {
         let metrics = Metrics::default();
         record_everything(&metrics.clone());

@@ -10,6 +10,7 @@
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Write as _;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -172,7 +173,7 @@ fn load(
         let first = random.below(size);
         let mut fields = format!("Range: bytes={first}-{}\r\n", first + random.below(1 << 20));
         if random.below(4) > 0 {
-            fields += &format!("If-Match: {pin}\r\n");
+            write!(fields, "If-Match: {pin}\r\n").unwrap();
         }
         let got = get(address, &format!("/m/{key}"), &fields);
         let alive = !killed.load(Ordering::Acquire);
@@ -391,11 +392,11 @@ async fn data_and_name_are_synced_before_the_catalog_speaks_of_them() {
     for file in files {
         let name = file.file_stem().unwrap().to_str().unwrap();
         let path = file.to_str().unwrap();
-        let in_catalog: String = name
-            .as_bytes()
-            .chunks(2)
-            .map(|byte| format!("\\x{}", std::str::from_utf8(byte).unwrap()))
-            .collect();
+        let mut in_catalog = String::new();
+        for byte in 0..name.len() / 2 {
+            in_catalog.push_str("\\x");
+            in_catalog.push_str(&name[2 * byte..2 * byte + 2]);
+        }
         let made = calls
             .iter()
             .find(|call| call.name.starts_with("open") && call.arguments.contains(path))

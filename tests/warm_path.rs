@@ -2,10 +2,6 @@
 //!
 //! The program is started over a cache that an earlier run has filled and left in order, so that nothing of the cold
 //! path is still under way, and is asked once before strace looks, since the first touch may look the key up.
-#![expect(
-    clippy::unwrap_used,
-    reason = "the lint's exemption for tests does not see a test crate's helpers"
-)]
 
 mod support;
 

@@ -244,6 +244,11 @@ impl Syncer for Recording {
     }
 }
 
+/// SQLite's integers are signed; ours are not negative.
+fn number(row: &rusqlite::Row<'_>, column: usize) -> u64 {
+    u64::try_from(row.get::<_, i64>(column).unwrap()).unwrap()
+}
+
 fn name_of(path: &Path) -> String {
     path.file_name().unwrap().to_str().unwrap().to_owned()
 }
@@ -371,10 +376,10 @@ impl Leaving<'_> {
         let mut rows = rows.query([]).unwrap();
         while let Some(row) = rows.next().unwrap() {
             let incarnation = u128::from_be_bytes(row.get(0).unwrap());
-            let idx: i64 = row.get(1).unwrap();
+            let idx = number(row, 1);
             let bits: Vec<u8> = row.get(2).unwrap();
             let key: String = row.get(3).unwrap();
-            let size: i64 = row.get(4).unwrap();
+            let size = number(row, 4);
             let crcs: Vec<u8> = row.get(5).unwrap();
             let name = format!("{incarnation:032x}.seg");
             if self.lost.contains(&name) {
@@ -383,7 +388,7 @@ impl Leaving<'_> {
             let file = self.files.get(&name);
             let file =
                 file.unwrap_or_else(|| panic!("{}: {name} of {key} is not there", self.what));
-            let (start, size) = (idx as u64 * SEGMENT, size as u64);
+            let start = idx * SEGMENT;
             let blocks = (size - start).min(SEGMENT).div_ceil(BLOCK);
             let expected = body(&key, size);
             for block in Coverage::from_bytes(blocks as u32, &bits).unwrap().iter() {
@@ -450,10 +455,10 @@ impl Leaving<'_> {
         let mut rows = catalog
             .prepare("SELECT incarnation, bytes FROM segments ORDER BY incarnation")
             .unwrap();
-        let rows: Vec<(String, i64)> = rows
+        let rows: Vec<(String, u64)> = rows
             .query_map([], |row| {
                 let name = format!("{:032x}.seg", u128::from_be_bytes(row.get(0)?));
-                Ok((name, row.get(1)?))
+                Ok((name, number(row, 1)))
             })
             .unwrap()
             .map(Result::unwrap)
@@ -464,8 +469,8 @@ impl Leaving<'_> {
             .collect();
         let named: BTreeSet<String> = rows.iter().map(|(name, _)| name.clone()).collect();
         assert_eq!(named, files, "{what}");
-        let bytes: i64 = rows.iter().map(|(_, bytes)| bytes).sum();
-        assert_eq!(tier.stats().used_bytes, bytes as u64, "{what}");
+        let bytes: u64 = rows.iter().map(|(_, bytes)| bytes).sum();
+        assert_eq!(tier.stats().used_bytes, bytes, "{what}");
     }
 }
 
