@@ -99,7 +99,7 @@ def measure(options, directory, revisions):
         if start == "cold":
             forget_pages(directory / "cache/catalog.sqlite")
         if start == "killed":
-            leave_unclean(options, directory)
+            leave_unclean(options, directory, revisions)
         failures += [f"{revisions} revisions, {start}: {what}" for what in run(options, directory, revisions, start)]
     return failures
 
@@ -259,8 +259,8 @@ def insert(database, table, rows):
     database.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", rows)
 
 
-def leave_unclean(options, directory):
-    """A run that is killed, with commits in its log, and with files and rows that have lost each other."""
+def leave_unclean(options, directory, revisions):
+    """A run that is killed, with a log as long as it gets, and with files and rows that have lost each other."""
     replica = Replica(options, directory)
     for number in range(300):
         connection = http.client.HTTPConnection(replica.address, timeout=30)
@@ -270,7 +270,23 @@ def leave_unclean(options, directory):
     replica.kill()
     for number in range(1_000):
         segment(directory, bytes([number % 256]) + b"leftover" + number.to_bytes(7)).write_bytes(BODY)
+    child = os.fork()
+    if child == 0:
+        database = sqlite3.connect(directory / "cache/catalog.sqlite", isolation_level=None)
+        database.execute("PRAGMA wal_autocheckpoint = 0")
+        database.execute("BEGIN")
+        # A page each: five for each block that may be covered between two checkpoints.
+        rows = random.Random(2).sample(range(revisions), min(revisions, 10_000))
+        database.executemany("UPDATE revisions SET size = size WHERE id = ?", [(row + 2,) for row in rows])
+        database.execute("COMMIT")
+        # A connection that is closed in order moves its log.
+        os._exit(0)
+    if os.waitpid(child, 0)[1] != 0:
+        sys.exit("could not lengthen the log")
+    log = directory / "cache/catalog.sqlite-wal"
+    print(f"  killed with {log.stat().st_size / 2**20:.0f} MiB of log and 1000 files without a row")
     forget_pages(directory / "cache/catalog.sqlite")
+    forget_pages(log)
 
 
 def forget_pages(file):
