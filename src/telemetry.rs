@@ -488,6 +488,32 @@ fn disk_registry(stats: &DiskStats) -> Registry {
         ConstCounter::new(stats.quarantines),
     );
     registry.register(
+        "swept_files",
+        "Segment files removed because no row named them: an earlier run left them over",
+        ConstCounter::new(stats.swept.files),
+    );
+    registry.register_with_unit(
+        "swept",
+        "Bytes that the swept files took",
+        Unit::Bytes,
+        ConstCounter::new(stats.swept.bytes),
+    );
+    registry.register(
+        "swept_rows",
+        "Segments taken out of the catalog because an earlier run lost their file",
+        ConstCounter::new(stats.swept.rows),
+    );
+    registry.register(
+        "swept_revisions",
+        "Revisions taken out of the catalog because an earlier run left no byte of them",
+        ConstCounter::new(stats.swept.revisions),
+    );
+    registry.register(
+        "sweeping",
+        "1 while what an earlier run left over is being looked for",
+        ConstGauge::new(u64::from(stats.sweeping)),
+    );
+    registry.register(
         "open_files",
         "Segment files open, those that responses hold included",
         ConstGauge::new(stats.open_files),
@@ -627,6 +653,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::disk::Swept;
 
     /// The samples of an exposition, by series, after checking its form: each family announced by HELP and TYPE once,
     /// its samples right behind them, no series twice, `# EOF` at the end.
@@ -699,6 +726,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "most of them are a table")]
     fn what_is_recorded_can_be_scraped() {
         let metrics = Metrics::default();
         record_everything(&metrics.clone());
@@ -710,6 +738,13 @@ mod tests {
             quarantines: 6,
             open_files: 7,
             revisions_in_memory: 5,
+            swept: Swept {
+                files: 8,
+                bytes: 9,
+                rows: 11,
+                revisions: 12,
+            },
+            sweeping: true,
             degraded: true,
         };
         let samples = parse(&metrics.encode(Some(&stats)));
@@ -778,6 +813,11 @@ mod tests {
             ("pinrange_disk_evicted_bytes_total", "4"),
             ("pinrange_disk_quarantines_total", "6"),
             ("pinrange_disk_open_files", "7"),
+            ("pinrange_disk_swept_files_total", "8"),
+            ("pinrange_disk_swept_bytes_total", "9"),
+            ("pinrange_disk_swept_rows_total", "11"),
+            ("pinrange_disk_swept_revisions_total", "12"),
+            ("pinrange_disk_sweeping", "1"),
             ("pinrange_disk_revisions", "5"),
             ("pinrange_disk_degraded", "1"),
             (
