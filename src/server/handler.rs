@@ -10,7 +10,10 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::header::{CACHE_CONTROL, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, VIA};
+use http::header::{
+    CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue,
+    TRANSFER_ENCODING, VIA,
+};
 use http::{Request, Response};
 use http_body::Body as _;
 use tracing::{Instrument, Span, field};
@@ -190,6 +193,17 @@ impl Handler {
             return Err(Rejected::Field(format!(
                 "a request has one Host field, not {hosts}"
             )));
+        }
+        // RFC 9112 §6.1, §6.3: two servers on the way may see the end of such a request in two places.
+        if request.headers.contains_key(TRANSFER_ENCODING) {
+            return Err(Rejected::Field(
+                "a request for an object has no Transfer-Encoding".to_owned(),
+            ));
+        }
+        if request.headers.get_all(CONTENT_LENGTH).iter().count() > 1 {
+            return Err(Rejected::Field(
+                "a request has one Content-Length at most".to_owned(),
+            ));
         }
         let (mount, key) = self
             .mounts
