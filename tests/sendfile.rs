@@ -613,6 +613,25 @@ async fn a_client_that_takes_a_little_now_and_then_is_cut_as_well() {
     within(reader).await.unwrap();
 }
 
+/// Its window and the socket's buffer hold MiBs, so that few steps of its progress show.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_but_steady_reader_is_not_taken_for_stalled() {
+    let mut server = Server::with(|limits| limits.timeouts.progress = Duration::from_secs(2)).await;
+    let mut client = server.connect().await;
+    client.send("/whole/0-99999999").await;
+    let mut buf = vec![0; 16 << 10];
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_secs(5) {
+        within(client.tcp.read_exact(&mut buf)).await.unwrap();
+        // A quarter of a MB a second is the test.
+        tokio::time::sleep(Duration::from_millis(60)).await;
+    }
+    assert!(
+        server.ends.try_recv().is_err(),
+        "cut, or too fast to be tested"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_is_observed_with_what_it_took() {
     let mut server = Server::start().await;

@@ -21,7 +21,7 @@
 //! `SendfileIo::linger`.
 //!
 //! What ends a connection is nearly always the client's doing (reset, timeout, a request that does
-//! not parse; hyper answers these with 400, 414 or 431 itself), so it is logged at debug. A
+//! not parse; hyper answers these with 400 or 431 itself, without a body), so it is logged at debug. A
 //! response cut short is the business of its body's observer.
 
 use std::collections::HashMap;
@@ -87,8 +87,7 @@ pub struct ConnInfo {
 pub struct Limits {
     /// Connections at a time. More wait in the listen queue while idle ones are closed for them.
     pub max_connections: usize,
-    /// Most bytes of a request's head; at least 8192. Beyond it hyper answers 431 (414 when it is
-    /// the target).
+    /// Most bytes of a request's head; at least 8192. Beyond it hyper answers 431.
     pub max_head: usize,
     /// How long a connection may be waited for.
     pub timeouts: Timeouts,

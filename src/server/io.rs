@@ -335,15 +335,15 @@ impl SendfileIo {
     ///
     /// Dropping the future closes at once.
     pub(super) async fn linger(self, expected: bool) {
+        let tcp = self.tcp;
         let drained = async {
             let (mut left, mut expected) = (LINGER_BYTES, expected);
             loop {
-                let mut sink = [0; 8192];
-                match self.tcp.try_read(&mut sink) {
+                match drop_some(&tcp) {
                     Ok(1..) if left == 0 => return,
                     Ok(read @ 1..) => (left, expected) = (left.saturating_sub(read), true),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock && expected => {
-                        if self.tcp.readable().await.is_err() {
+                        if tcp.readable().await.is_err() {
                             return;
                         }
                     }
@@ -535,6 +535,11 @@ impl hyper::rt::Write for SendfileIo {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().tcp).poll_shutdown(cx)
     }
+}
+
+/// Not in `linger`, where its array would be a part of every connection's task.
+fn drop_some(tcp: &TcpStream) -> io::Result<usize> {
+    tcp.try_read(&mut [0; 8192])
 }
 
 fn timed_out(what: &'static str) -> io::Error {
