@@ -5,7 +5,8 @@
 
 One replica in front of the S3 that `pinrange serve --dev` has, which serves one big sparse file. A fast client reads
 warm pinned ranges over one connection, in turns alone and beside a crowd: --idle connections that have asked once and
-keep still, and --slow ones that download the whole object at 8 KiB/s each. Then silent connections are opened up to
+keep still, --slow ones that download the whole object at 8 KiB/s each, and --heads ones that have sent 15 KiB of a head
+and do not end it. Then silent connections are opened up to
 the replica's limit and beyond. What is judged:
 
   * every answer is right, and nobody is cut who may not be: not the slow ones, not the fast one;
@@ -54,7 +55,7 @@ def main():
     signal.alarm(int(120 + options.rounds * 4 * options.seconds))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    wanted = options.idle + options.slow + 2 * ROOM
+    wanted = options.idle + options.slow + options.heads + 2 * ROOM
     if hard != resource.RLIM_INFINITY and hard < 2 * wanted + 256:
         print(f"flood: needs {2 * wanted + 256} open files, the limit is {hard}: use fewer --idle", file=sys.stderr)
         return 2
@@ -83,15 +84,16 @@ def arguments():
     parser.add_argument("--pinrange", required=True, metavar="PROGRAM", help="the program under test")
     parser.add_argument("--idle", type=int, default=5000, help="connections that keep still [5000]")
     parser.add_argument("--slow", type=int, default=500, help="connections that download slowly [500]")
+    parser.add_argument("--heads", type=int, default=500, help="connections that send half a head [500]")
     parser.add_argument("--size", type=int, default=64, help="GiB of the (sparse) object [64]")
     parser.add_argument("--rounds", type=int, default=5, help="of the fast client alone and beside the crowd [5]")
     parser.add_argument("--seconds", type=float, default=5, help="of each [5]")
     parser.add_argument("--p99", type=float, metavar="RATIO", help="judge the fast client's p99 too")
     parser.add_argument("--dir", help="where to work; the cache takes up to 2 GiB there")
     parser.add_argument("--json", metavar="FILE", help="write the report there")
-    parser.add_argument("--quick", action="store_true", help="1000 idle, 100 slow, one round of 2 s, as in CI")
+    parser.add_argument("--quick", action="store_true", help="1000 idle, 100 slow, 100 heads, one round of 2 s, as in CI")
     if "--quick" in sys.argv:
-        parser.set_defaults(idle=1000, slow=100, rounds=1, seconds=2, size=16)
+        parser.set_defaults(idle=1000, slow=100, heads=100, rounds=1, seconds=2, size=16)
     options = parser.parse_args()
     options.pinrange = str(pathlib.Path(options.pinrange).resolve(strict=True))
     return options
@@ -120,7 +122,8 @@ class Run:
             file.truncate(size)
             # What the fast client reads is no hole.
             file.write(os.urandom(MIB))
-        limit = options.idle + options.slow + ROOM
+        crowd_size = options.idle + options.slow + options.heads
+        limit = crowd_size + ROOM
         s3 = self.serve("s3", {}, "--dev", str(self.directory / "files"))
         endpoint = s3.said(r"is the bucket dev at (\S+)")
         replica = self.serve(
@@ -129,6 +132,7 @@ class Run:
                 "PINRANGE_SERVER__MAX_CONNECTIONS": str(limit),
                 # The crowd keeps still for longer than that of a quick test should matter.
                 "PINRANGE_SERVER__IDLE_TIMEOUT": "10m",
+                "PINRANGE_SERVER__HEADER_TIMEOUT": "10m",
                 "PINRANGE_CACHE__CAPACITY": "2GiB",
                 "PINRANGE_CACHE__MIN_FREE": "1MiB",
                 "PINRANGE_LOG": "warn",
@@ -145,12 +149,12 @@ class Run:
         alone, beside, crowded, peak = [], [], start, start
         for _ in range(options.rounds):
             alone.append(fast.run(options.seconds))
-            with Crowd(replica.data, options.idle, options.slow, size) as crowd:
+            with Crowd(replica.data, options, size) as crowd:
                 beside.append(fast.run(options.seconds))
                 crowded = max(crowded, replica.memory())
                 peak = max(peak, replica.memory("VmHWM"))
                 self.judge_crowd(crowd)
-        connections = options.idle + options.slow + 1
+        connections = crowd_size + 1
         bound = BASE + EACH * connections
         if crowded > bound:
             self.violations.append(f"{crowded} bytes resident, more than {bound}")
@@ -189,7 +193,7 @@ class Run:
         crowd.stop()
         if crowd.cut:
             self.violations.append(f"{crowd.cut} of the crowd were cut")
-        starved = sum(taken < 2 * SLOW_RATE for taken in crowd.taken)
+        starved = sum(taken < SLOW_RATE for taken in crowd.taken)
         if starved:
             self.violations.append(f"{starved} slow clients got next to nothing")
 
@@ -201,6 +205,11 @@ class Run:
             connection.setblocking(False)
             connection.connect_ex(replica.data)
             silent.append(connection)
+        patience = time.monotonic() + 20
+        while (taken := replica.metric("pinrange_connections")) < limit - limit // 64:
+            if time.monotonic() > patience:
+                raise Broken(f"only {taken} of {limit} places could be taken")
+            time.sleep(0.1)
         began = time.monotonic()
         try:
             with socket.create_connection(replica.data, timeout=30) as late:
@@ -214,7 +223,8 @@ class Run:
             self.violations.append("beyond the limit a client was not answered")
         for connection in silent:
             connection.close()
-        return {"limit": limit, "silent": len(silent), "answered_after_s": round(waited, 3)}
+        displaced = replica.metric("pinrange_connections_displaced_total")
+        return {"limit": limit, "silent": len(silent), "displaced": displaced, "answered_after_s": round(waited, 3)}
 
     def serve(self, name, variables, *arguments):
         server = Server(self.options.pinrange, self.directory, name, variables, arguments)
@@ -267,6 +277,14 @@ class Server:
     def address(text):
         host, port = text.rsplit(":", 1)
         return host, int(port)
+
+    def metric(self, name):
+        url = f"http://{self.admin[0]}:{self.admin[1]}/metrics"
+        metrics = urllib.request.urlopen(url, timeout=10).read().decode()
+        found = re.search(rf"^{name} (\d+)$", metrics, re.MULTILINE)
+        if found is None:
+            raise Broken(f"no metric {name}")
+        return int(found[1])
 
     def memory(self, what="VmRSS"):
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
@@ -327,10 +345,11 @@ def summary(runs):
 
 
 class Crowd:
-    """The idle and the slow, in a process of their own, so that they take no time of the fast client's."""
+    """The idle, the slow and the half heads, in a process of their own, so that they take no time of the fast client's."""
 
-    def __init__(self, address, idle, slow, size):
-        self.address, self.idle, self.slow, self.size = address, idle, slow, size
+    def __init__(self, address, options, size):
+        self.address, self.size = address, size
+        self.idle, self.slow, self.heads = options.idle, options.slow, options.heads
 
     def __enter__(self):
         self.here, there = socket.socketpair()
@@ -360,21 +379,24 @@ class Crowd:
         os.waitpid(self.pid, 0)
 
     def crowd(self, parent):
+        gone = set()
         idle = [self.connect(b"HEAD /object HTTP/1.1\r\nHost: idle\r\n\r\n") for _ in range(self.idle)]
         slow = []
         for number in range(self.slow):
             first = number % 16 * 16 * MIB
             request = f"GET /object HTTP/1.1\r\nHost: slow\r\nRange: bytes={first}-{self.size - 1}\r\n\r\n"
             slow.append(self.connect(request.encode()))
+        head = b"GET /object HTTP/1.1\r\nHost: head\r\nX: " + b"x" * 15 * KIB
+        heads = [self.connect(head) for _ in range(self.heads)]
         for connection in [*idle, *slow]:
             connection.settimeout(60)
             if not connection.recv(1024).startswith(b"HTTP/1.1 20"):
                 raise Broken("not answered")
             connection.setblocking(False)
+        for connection in heads:
+            connection.setblocking(False)
         parent.sendall(b"!")
         taken = [0] * len(slow)
-        cut = 0
-        gone = set()
         while not select.select([parent], [], [], 0.25)[0]:
             for number, connection in enumerate(slow):
                 try:
@@ -384,17 +406,17 @@ class Crowd:
                 except OSError:
                     got = 0
                 taken[number] += got
-                if not got and number not in gone:
-                    gone.add(number)
-        cut += len(gone)
-        for connection in idle:
+                if not got:
+                    gone.add(connection)
+        for connection in [*idle, *heads]:
             try:
-                cut += connection.recv(1) == b""
+                if not connection.recv(1):
+                    gone.add(connection)
             except BlockingIOError:
                 pass
             except OSError:
-                cut += 1
-        parent.sendall(json.dumps({"cut": cut, "taken": taken}).encode() + b"\n")
+                gone.add(connection)
+        parent.sendall(json.dumps({"cut": len(gone), "taken": taken}).encode() + b"\n")
         parent.recv(1)
 
     def connect(self, request):

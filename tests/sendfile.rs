@@ -761,6 +761,8 @@ async fn when_places_run_out_idle_connections_make_room_and_busy_ones_do_not() {
     let mut dripping = server.connect().await;
     dripping.tcp.write_all(b"GET /pi").await.unwrap();
 
+    // So long that each of them may have to go.
+    tokio::time::sleep(Duration::from_millis(1200)).await;
     // Those go first who never asked for anything, the longest silent one before the others.
     let mut busy = Vec::new();
     for leaves in [&mut silent, &mut dripping, &mut known] {

@@ -30,6 +30,7 @@ use std::error::Error;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -274,11 +275,8 @@ impl<H: Handler> Serving<H> {
 
         let mut served = drain.begin.run_until_cancelled(&mut connection).await;
         if served.is_none() {
-            if is_unfinished_head(&info.queue) && !self.shutdown.is_cancelled() {
-                tracing::debug!("a connection whose request does not end makes room");
-                return;
-            }
-            std::pin::Pin::new(&mut connection).graceful_shutdown();
+            // Idle, it closes at once, in the middle of a head too; else the answer is the last one.
+            Pin::new(&mut connection).graceful_shutdown();
             served = drain.cut.run_until_cancelled(&mut connection).await;
             if self.shutdown.is_cancelled() {
                 let ended = if served.is_some() {
@@ -309,11 +307,6 @@ impl<H: Handler> Serving<H> {
         // Cut or done, it is over.
         let _ = drain.cut.run_until_cancelled(lingering).await;
     }
-}
-
-fn is_unfinished_head(queue: &SendQueue) -> bool {
-    let unfinished = Expecting::RestOfHead;
-    matches!(queue.standing(), Standing::Idle { expecting, .. } if expecting == unfinished)
 }
 
 /// The connections there are, so that some can be asked to make room.

@@ -303,6 +303,8 @@ pub struct SendfileIo {
     loading: Option<BoxFuture<'static, ()>>,
     timeouts: Timeouts,
     expecting: Expecting,
+    /// What the queue says: [`Standing::Idle`].
+    is_idle: bool,
     read_wait: Patience,
     credit: Credit,
     /// Bytes sent since the last wait or yield.
@@ -320,6 +322,7 @@ impl SendfileIo {
             loading: None,
             timeouts,
             expecting: Expecting::First,
+            is_idle: false,
             read_wait: Patience::default(),
             credit: Credit::new(&timeouts),
             burst: 0,
@@ -361,6 +364,13 @@ impl SendfileIo {
         self.credit.renew(sent, &self.timeouts);
         self.read_wait.stop();
         self.expecting = Expecting::Next;
+        self.busy();
+    }
+
+    fn busy(&mut self) {
+        if std::mem::take(&mut self.is_idle) {
+            self.queue.stand(Standing::Busy);
+        }
     }
 
     /// The socket takes nothing. `Ready` with the error that ends the connection once the client is
@@ -477,7 +487,7 @@ impl hyper::rt::Read for SendfileIo {
                 this.expecting = Expecting::RestOfHead;
                 this.read_wait.stop();
             }
-            this.queue.stand(Standing::Busy);
+            this.busy();
             buf.put_slice(read.filled());
             return Poll::Ready(Ok(()));
         }
@@ -488,6 +498,7 @@ impl hyper::rt::Read for SendfileIo {
         let waited = this.read_wait.poll_exhausted(cx, limit);
         if let Some(since) = this.read_wait.since {
             let expecting = this.expecting;
+            this.is_idle = true;
             this.queue.stand(Standing::Idle { since, expecting });
         }
         waited.map(|()| Err(timed_out(what)))
