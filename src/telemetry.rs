@@ -144,6 +144,8 @@ struct Inner {
     followers: Gauge,
     open_responses: Gauge,
     connections: Gauge,
+    connections_displaced: Counter,
+    accept_failures: Counter,
     aborted: Family<ReasonLabel, Counter>,
 }
 
@@ -263,6 +265,16 @@ impl Metrics {
         self.0.connections.inc_by(delta);
     }
 
+    /// Connections of the data listener that owed us a request and were closed to make room.
+    pub fn connections_displaced(&self, count: u64) {
+        self.0.connections_displaced.inc_by(count);
+    }
+
+    /// A connection could not be accepted for want of descriptors or memory; it is tried again.
+    pub fn accept_failed(&self) {
+        self.0.accept_failures.inc();
+    }
+
     /// A body that was cut after its head.
     pub fn aborted(&self, reason: &'static str) {
         self.0.aborted.get_or_create(&ReasonLabel([reason])).inc();
@@ -322,6 +334,8 @@ impl Default for Inner {
             followers: Gauge::default(),
             open_responses: Gauge::default(),
             connections: Gauge::default(),
+            connections_displaced: Counter::default(),
+            accept_failures: Counter::default(),
             aborted: Family::default(),
         };
         inner.registered()
@@ -374,6 +388,16 @@ impl Inner {
             "connections",
             "Open connections of the data listener",
             self.connections.clone(),
+        );
+        registry.register(
+            "connections_displaced",
+            "Idle connections that were closed to make room for others",
+            self.connections_displaced.clone(),
+        );
+        registry.register(
+            "accept_failures",
+            "Connections that could not be accepted at once, for want of descriptors or memory",
+            self.accept_failures.clone(),
         );
         registry.register(
             "remote_requests",
