@@ -144,6 +144,8 @@ struct Inner {
     followers: Gauge,
     open_responses: Gauge,
     connections: Gauge,
+    connections_displaced: Counter,
+    accept_failures: Counter,
     aborted: Family<ReasonLabel, Counter>,
 }
 
@@ -263,6 +265,16 @@ impl Metrics {
         self.0.connections.inc_by(delta);
     }
 
+    /// Connections of the data listener that owed us a request and were closed to make room.
+    pub fn connections_displaced(&self, count: u64) {
+        self.0.connections_displaced.inc_by(count);
+    }
+
+    /// A connection could not be accepted for want of descriptors or memory; it is tried again.
+    pub fn accept_failed(&self) {
+        self.0.accept_failures.inc();
+    }
+
     /// A body that was cut after its head.
     pub fn aborted(&self, reason: &'static str) {
         self.0.aborted.get_or_create(&ReasonLabel([reason])).inc();
@@ -322,6 +334,8 @@ impl Default for Inner {
             followers: Gauge::default(),
             open_responses: Gauge::default(),
             connections: Gauge::default(),
+            connections_displaced: Counter::default(),
+            accept_failures: Counter::default(),
             aborted: Family::default(),
         };
         inner.registered()
@@ -374,6 +388,16 @@ impl Inner {
             "connections",
             "Open connections of the data listener",
             self.connections.clone(),
+        );
+        registry.register(
+            "connections_displaced",
+            "Idle connections that were closed to make room for others",
+            self.connections_displaced.clone(),
+        );
+        registry.register(
+            "accept_failures",
+            "Connections that could not be accepted at once, for want of descriptors or memory",
+            self.accept_failures.clone(),
         );
         registry.register(
             "remote_requests",
@@ -486,6 +510,32 @@ fn disk_registry(stats: &DiskStats) -> Registry {
         "quarantines",
         "Segments dropped because their file was gone, short or corrupt, or could not be synced",
         ConstCounter::new(stats.quarantines),
+    );
+    registry.register(
+        "swept_files",
+        "Segment files removed because no row named them: an earlier run left them over",
+        ConstCounter::new(stats.swept.files),
+    );
+    registry.register_with_unit(
+        "swept",
+        "Bytes that the swept files took",
+        Unit::Bytes,
+        ConstCounter::new(stats.swept.bytes),
+    );
+    registry.register(
+        "swept_rows",
+        "Segments taken out of the catalog because an earlier run lost their file",
+        ConstCounter::new(stats.swept.rows),
+    );
+    registry.register(
+        "swept_revisions",
+        "Revisions taken out of the catalog because an earlier run left no byte of them",
+        ConstCounter::new(stats.swept.revisions),
+    );
+    registry.register(
+        "sweeping",
+        "1 while what an earlier run left over is being looked for",
+        ConstGauge::new(u64::from(stats.sweeping)),
     );
     registry.register(
         "open_files",
@@ -627,6 +677,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::disk::Swept;
 
     /// The samples of an exposition, by series, after checking its form: each family announced by HELP and TYPE once,
     /// its samples right behind them, no series twice, `# EOF` at the end.
@@ -699,6 +750,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "most of them are a table")]
     fn what_is_recorded_can_be_scraped() {
         let metrics = Metrics::default();
         record_everything(&metrics.clone());
@@ -710,6 +762,13 @@ mod tests {
             quarantines: 6,
             open_files: 7,
             revisions_in_memory: 5,
+            swept: Swept {
+                files: 8,
+                bytes: 9,
+                rows: 11,
+                revisions: 12,
+            },
+            sweeping: true,
             degraded: true,
         };
         let samples = parse(&metrics.encode(Some(&stats)));
@@ -778,6 +837,11 @@ mod tests {
             ("pinrange_disk_evicted_bytes_total", "4"),
             ("pinrange_disk_quarantines_total", "6"),
             ("pinrange_disk_open_files", "7"),
+            ("pinrange_disk_swept_files_total", "8"),
+            ("pinrange_disk_swept_bytes_total", "9"),
+            ("pinrange_disk_swept_rows_total", "11"),
+            ("pinrange_disk_swept_revisions_total", "12"),
+            ("pinrange_disk_sweeping", "1"),
             ("pinrange_disk_revisions", "5"),
             ("pinrange_disk_degraded", "1"),
             (
