@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
-use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, params};
 
 use super::coverage::Coverage;
 use super::{CurrentRecord, DiskError, PurgeTarget};
@@ -259,6 +259,36 @@ impl Catalog {
     pub(super) fn lock(&self) -> Result<MappedMutexGuard<'_, Db>, DiskError> {
         MutexGuard::try_map(self.db.lock(), Option::as_mut)
             .map_err(|_| DiskError::Catalog("the tier has been closed".into()))
+    }
+
+    /// [`close`](Self::close), but what it holds can still be looked up, read-only: another process may write it now.
+    /// Returns the bytes that it counted in segment files.
+    pub(super) fn release(
+        &self,
+        dir: &Path,
+        touched: &[(SegmentId, u64)],
+    ) -> Result<u64, DiskError> {
+        let reader = Db {
+            connection: connect_to_read(&dir.join(FILE)).map_err(|error| catalog_error(&error))?,
+            run: 0,
+            damaged: dir.join(DAMAGED),
+        };
+        self.close(touched)?;
+        let bytes = reader.read(|connection| meta(connection, "bytes"))?;
+        *self.db.lock() = Some(reader);
+        Ok(unsigned(bytes))
+    }
+
+    /// Begins a run of its own again after [`release`](Self::release), as [`open`](Self::open) does.
+    pub(super) fn reopen(&self, dir: &Path) -> Result<Start, DiskError> {
+        let (opened, start) = Self::open(dir)?;
+        *self.db.lock() = opened.db.into_inner();
+        Ok(start)
+    }
+
+    /// Ends a connection that [`release`](Self::release) left for reading.
+    pub(super) fn stop_reading(&self) {
+        *self.db.lock() = None;
     }
 
     /// The orderly end: records `touched`, marks the run clean and makes it all durable.
@@ -705,6 +735,16 @@ fn connect(path: &Path) -> Result<Connection, Refused> {
         tx.commit()?;
     }
     // Touches each table that a start needs, so that damage there shows now.
+    meta(&connection, "bytes")?;
+    Ok(connection)
+}
+
+/// For a process that may look, while another one writes.
+fn connect_to_read(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(Duration::from_secs(5))?;
+    // Reads something, so that a catalog that cannot be read is noticed now.
     meta(&connection, "bytes")?;
     Ok(connection)
 }

@@ -6,12 +6,17 @@
 //! their places by the idle timeout.
 //!
 //! ```text
-//!  accepting ── shutdown ──► draining ── all done, or drain_timeout ──► report
-//!     │                         │ idle connections close at once, a running
-//!     │ accept failed           │ response ends and closes; at the timeout the rest is cut
-//!     ▼
+//!  accepting ──► accepting, every response ──► draining ──► idle connections ──► report
+//!     │          is its connection's last        │           are closed
+//!     │ accept failed                            │ a running response ends and closes;
+//!     ▼                                          ▼ at the drain timeout the rest is cut
 //!  back off 10 ms … 1 s when we are out of something (descriptors, memory)
 //! ```
+//!
+//! An [`Ending`] takes these steps. They are apart because a client that keeps a connection open may send its next
+//! request at the very moment we close it, and HTTP/1.1 has no answer to that (RFC 9112 §9.5). One that was told
+//! `Connection: close` with its last response does not; so the longer idle connections are left alone, the fewer
+//! requests run into a close.
 //!
 //! What ends a connection is nearly always the client's doing (reset, timeout, a request that does
 //! not parse; hyper answers these with 400, 414 or 431 itself), so it is logged at debug. A
@@ -24,9 +29,10 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -88,6 +94,37 @@ pub struct DrainReport {
     pub cut: usize,
 }
 
+/// How a listener comes to its end: each step is taken once, in this order, and none can be taken back. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Ending {
+    last_responses: Arc<AtomicBool>,
+    no_more: CancellationToken,
+    idle: CancellationToken,
+}
+
+impl Ending {
+    /// Every response from now on says `Connection: close` (RFC 9112 §9.6). Connections are still taken.
+    pub fn announce(&self) {
+        self.last_responses.store(true, Ordering::Relaxed);
+    }
+
+    /// No connection is taken any more; the drain timeout begins.
+    pub fn stop_accepting(&self) {
+        self.announce();
+        self.no_more.cancel();
+    }
+
+    /// Connections without a response under way are closed.
+    pub fn close_idle(&self) {
+        self.stop_accepting();
+        self.idle.cancel();
+    }
+
+    fn is_announced(&self) -> bool {
+        self.last_responses.load(Ordering::Relaxed)
+    }
+}
+
 /// A listener and everything needed to serve its connections.
 pub struct Acceptor<H> {
     listener: TcpListener,
@@ -124,11 +161,11 @@ impl<H: Handler> Acceptor<H> {
         }
     }
 
-    /// Accepts until `shutdown` is cancelled, then closes the listener and drains for at most
+    /// Accepts until `ending` says to stop, then closes the listener and drains for at most
     /// `drain_timeout`.
     ///
     /// Dropping the future closes the listener and leaves the connections to themselves.
-    pub async fn run(self, shutdown: CancellationToken, drain_timeout: Duration) -> DrainReport {
+    pub async fn run(self, ending: Ending, drain_timeout: Duration) -> DrainReport {
         let Self {
             listener,
             handler,
@@ -141,12 +178,13 @@ impl<H: Handler> Acceptor<H> {
             page_in,
             http,
             timeouts: limits.timeouts,
+            ending: ending.clone(),
             finished: AtomicUsize::new(0),
             cut: AtomicUsize::new(0),
         });
         let connections = TaskTracker::new();
         let drain = Drain {
-            begin: shutdown.clone(),
+            begin: ending.idle.clone(),
             cut: CancellationToken::new(),
         };
         let accepting = async {
@@ -166,7 +204,7 @@ impl<H: Handler> Acceptor<H> {
             }
         };
         // It accepts until it is told to stop, so there is no other way out.
-        let None::<Infallible> = shutdown.run_until_cancelled(accepting).await;
+        let None::<Infallible> = ending.no_more.run_until_cancelled(accepting).await;
         drop(listener);
 
         connections.close();
@@ -174,6 +212,7 @@ impl<H: Handler> Acceptor<H> {
             .await
             .is_err()
         {
+            ending.close_idle();
             drain.cut.cancel();
             connections.wait().await;
         }
@@ -190,13 +229,14 @@ struct Serving<H> {
     page_in: PageIn,
     http: http1::Builder,
     timeouts: Timeouts,
+    ending: Ending,
     /// Connections that saw the drain begin and ended by themselves.
     finished: AtomicUsize,
     /// Connections that were cut at its end.
     cut: AtomicUsize,
 }
 
-/// The two steps of a shutdown, as a connection sees them.
+/// The steps of an end that a connection waits for: it has nothing under way and is to be closed, or is to be cut.
 struct Drain {
     begin: CancellationToken,
     cut: CancellationToken,
@@ -222,16 +262,29 @@ impl<H: Handler> Serving<H> {
         };
         let io = SendfileIo::new(tcp, info.queue.clone(), self.page_in.clone(), self.timeouts);
         // Borrowed, not shared: requests touch no reference count that all workers share.
-        let (handler, conn) = (&*self.handler, &info);
+        let (handler, conn, ending) = (&*self.handler, &info, &self.ending);
         let service = service_fn(move |request| async move {
-            Ok::<_, Infallible>(handler.handle(request, conn).await)
+            let mut response = handler.handle(request, conn).await;
+            if ending.is_announced() {
+                // hyper closes the connection behind it.
+                let close = HeaderValue::from_static("close");
+                response.headers_mut().insert(CONNECTION, close);
+            }
+            Ok::<_, Infallible>(response)
         });
         let mut connection = pin!(self.http.serve_connection(io, service));
 
         let mut served = drain.begin.run_until_cancelled(connection.as_mut()).await;
         if served.is_none() {
             connection.as_mut().graceful_shutdown();
-            served = drain.cut.run_until_cancelled(connection.as_mut()).await;
+            // In this order: at the timeout, idle ones are closed and not cut.
+            served = tokio::select! {
+                biased;
+                served = connection.as_mut() => Some(served),
+                () = drain.cut.cancelled() => None,
+            };
+        }
+        if self.ending.no_more.is_cancelled() {
             let ended = if served.is_some() {
                 &self.finished
             } else {
