@@ -268,15 +268,20 @@ impl Catalog {
         dir: &Path,
         touched: &[(SegmentId, u64)],
     ) -> Result<u64, DiskError> {
-        let reader = Db {
-            connection: connect_to_read(&dir.join(FILE)).map_err(|error| catalog_error(&error))?,
+        // Until the reader is there, so that nobody finds neither.
+        let mut slot = self.db.lock();
+        let reader = connect_to_read(&dir.join(FILE)).map_err(|error| catalog_error(&error));
+        if let Some(db) = slot.take() {
+            db.end(touched)?;
+        }
+        let reader = slot.insert(Db {
+            connection: reader?,
             run: 0,
             damaged: dir.join(DAMAGED),
-        };
-        self.close(touched)?;
-        let bytes = reader.read(|connection| meta(connection, "bytes"))?;
-        *self.db.lock() = Some(reader);
-        Ok(unsigned(bytes))
+        });
+        reader
+            .read(|connection| meta(connection, "bytes"))
+            .map(unsigned)
     }
 
     /// Begins a run of its own again after [`release`](Self::release), as [`open`](Self::open) does.
@@ -293,15 +298,10 @@ impl Catalog {
 
     /// The orderly end: records `touched`, marks the run clean and makes it all durable.
     pub(super) fn close(&self, touched: &[(SegmentId, u64)]) -> Result<(), DiskError> {
-        let mut slot = self.db.lock();
-        let Some(mut db) = slot.take() else {
-            return Ok(());
-        };
-        db.write(Commit::Durable, |tx| {
-            touch(tx, touched)?;
-            tx.execute("UPDATE meta SET value = 1 WHERE name = 'clean'", [])?;
-            Ok(())
-        })
+        match self.db.lock().take() {
+            Some(db) => db.end(touched),
+            None => Ok(()),
+        }
     }
 }
 
@@ -315,6 +315,15 @@ pub(super) enum Commit {
 }
 
 impl Db {
+    /// The last transaction of a run.
+    fn end(mut self, touched: &[(SegmentId, u64)]) -> Result<(), DiskError> {
+        self.write(Commit::Durable, |tx| {
+            touch(tx, touched)?;
+            tx.execute("UPDATE meta SET value = 1 WHERE name = 'clean'", [])?;
+            Ok(())
+        })
+    }
+
     fn begin_run(&mut self) -> Result<Start, DiskError> {
         self.write(Commit::Ordered, |tx| {
             if meta(tx, "clean")? == 0 {

@@ -11,16 +11,17 @@
 //!    connects to its remotes
 //!    release ─────────────────────────────────▶  fills come to their ends or go past the disk, the
 //!                        ◀──────────────────────  catalog is closed, the lock let go: released
-//!    locks and opens the tier, accepts
-//!    accepting ───────────────────────────────▶
-//!                        ◀──────────────────────  yours; takes no connection any more, and drains
+//!    locks and opens the tier
+//!    ready ───────────────────────────────────▶  takes no connection any more, and drains
+//!                        ◀──────────────────────  yours
+//!    accepts
 //! ```
 //!
 //! The descriptors name the very sockets that the predecessor listens on, so what waits in their queues is never
-//! lost: both processes take from them for a moment, and a connection is served by whoever took it. Between
+//! lost, and a connection is served by whoever took it. Between
 //! «release» and its end the predecessor reads the tier, the successor's records included, and writes nothing.
 //!
-//! **What can go wrong.** Up to «accepting», the end of the connection tells the predecessor that the successor is gone:
+//! **What can go wrong.** Up to «yours», the end of the connection tells the predecessor that the successor is gone:
 //! it takes the directory back and carries on. One that is alive but does not get there in [`START`] is told so
 //! (withdrawn) and has to give up. If the predecessor is gone instead, its lock is free and the successor has the
 //! sockets, so it starts as it would have.
@@ -83,7 +84,7 @@ enum Message {
     Listeners,
     Release,
     Released,
-    Accepting,
+    Ready,
     Yours,
     Withdrawn,
 }
@@ -194,9 +195,10 @@ impl Predecessor {
         }
     }
 
-    /// Says that connections are accepted here. With `Ok`, nobody else owns listeners and directory any more.
-    pub(super) async fn accepting(mut self) -> Result<(), Refusal> {
-        let answer = match self.line.say(&Message::Accepting, &[]).await {
+    /// Says that nothing is missing but connections. With `Ok`, they are this process's to accept: nobody else does
+    /// any more.
+    pub(super) async fn ready(mut self) -> Result<(), Refusal> {
+        let answer = match self.line.say(&Message::Ready, &[]).await {
             Ok(()) => self.line.hear(ANSWER).await,
             Err(error) => match self.line.hear(ANSWER).await {
                 // What it said before it hung up.
@@ -376,7 +378,7 @@ impl Estate {
     async fn finish(&self, mut line: Line) -> io::Result<()> {
         line.say(&Message::Released, &[]).await?;
         match line.hear(START).await {
-            Ok((Message::Accepting, _)) => {}
+            Ok((Message::Ready, _)) => {}
             Ok((other, _)) => return Err(other.out_of_turn()),
             Err(error) => {
                 // If it is still there it has to know; if it is not, nobody hears this.
@@ -384,6 +386,7 @@ impl Estate {
                 return Err(error);
             }
         }
+        // What is heard of it is final. Until this process has stopped a moment later, both may accept.
         line.say(&Message::Yours, &[]).await?;
         self.endings.iter().for_each(Ending::stop_accepting);
         Ok(())

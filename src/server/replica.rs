@@ -27,7 +27,7 @@ use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 
 use super::accept::{Acceptor, ConnInfo, DrainReport, Ending, Limits};
 use super::admin::{self, Admin, Control, PurgeRefused, Readiness};
@@ -209,25 +209,11 @@ impl Replica {
         let admin_acceptor =
             Acceptor::new(admin, Arc::new(Admin(operator)), admin::limits(), page_in);
         let drain_timeout = config.server.drain_timeout;
-        let mut replica = Self {
-            data: data_address,
-            admin: admin_address,
-            readiness,
-            data_task: tokio::spawn(acceptor.run(data_ending.clone(), drain_timeout)),
-            admin_task: tokio::spawn(admin_acceptor.run(admin_ending.clone(), ADMIN_DRAIN)),
-            data_ending,
-            admin_ending,
-            handover: None,
-            took_over: predecessor.is_some(),
-            tiers,
-            filler,
-            disk,
-            drain_grace: config.server.drain_grace,
-        };
+        let took_over = predecessor.is_some();
         if let Some(predecessor) = predecessor {
             let pid = predecessor.pid;
-            if let Err(withdrawn) = predecessor.accepting().await {
-                replica.drain(false).await;
+            if let Err(withdrawn) = predecessor.ready().await {
+                close(&disk).await;
                 return Err(not_handed_over(config, withdrawn));
             }
             metrics.took_over(without_writer);
@@ -237,9 +223,22 @@ impl Replica {
                 "took over from a running process"
             );
         }
-        replica.handover = handover::listen(&config.cache.dir)
-            .map(|socket| tokio::spawn(handover::to_successor(estate, socket)));
-        Ok(replica)
+        Ok(Self {
+            data: data_address,
+            admin: admin_address,
+            readiness,
+            data_task: tokio::spawn(acceptor.run(data_ending.clone(), drain_timeout)),
+            admin_task: tokio::spawn(admin_acceptor.run(admin_ending.clone(), ADMIN_DRAIN)),
+            data_ending,
+            admin_ending,
+            handover: handover::listen(&config.cache.dir)
+                .map(|socket| tokio::spawn(handover::to_successor(estate, socket))),
+            took_over,
+            tiers,
+            filler,
+            disk,
+            drain_grace: config.server.drain_grace,
+        })
     }
 
     /// The tiers behind the listeners.
@@ -263,16 +262,21 @@ impl Replica {
             // Whether it was just done is all the same: the process ends either way.
             let _ = handover.await;
         }
+        let mut report = None;
         if grace {
             self.data_ending.announce();
             tokio::time::sleep(self.drain_grace).await;
             self.data_ending.stop_accepting();
             // Those that were taken last may not have come to their first request yet.
             let linger = self.drain_grace.min(LONGEST_LINGER);
-            let _ = tokio::time::timeout(linger, &mut self.data_task).await;
+            report = tokio::time::timeout(linger, &mut self.data_task).await.ok();
         }
         self.data_ending.close_idle();
-        self.end().await
+        let report = match report {
+            Some(report) => report,
+            None => (&mut self.data_task).await,
+        };
+        self.end(report).await
     }
 
     /// The pid of the process that has taken over, once one has. Cancel safe.
@@ -292,21 +296,21 @@ impl Replica {
     /// Ends what is left of a replica that is [superseded](Self::superseded): every connection may send one more
     /// request, running responses end, both within the drain timeout. `/readyz` says what the address is:
     /// ready. Dropping the future stops waiting, not draining.
-    pub async fn leave(self) -> DrainReport {
-        self.end().await
+    pub async fn leave(mut self) -> DrainReport {
+        let report = (&mut self.data_task).await;
+        self.end(report).await
     }
 
-    async fn end(self) -> DrainReport {
-        let report = self.data_task.await.unwrap_or(DrainReport {
-            finished: 0,
-            cut: 0,
-        });
+    async fn end(self, report: Result<DrainReport, JoinError>) -> DrainReport {
         self.filler.shutdown().await;
         close(&self.disk).await;
         self.admin_ending.close_idle();
         // A panic there has been reported by the runtime already.
         let _ = self.admin_task.await;
-        report
+        report.unwrap_or(DrainReport {
+            finished: 0,
+            cut: 0,
+        })
     }
 }
 
