@@ -604,7 +604,7 @@ async fn a_predecessor_that_dies_is_succeeded_all_the_same() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_successor_that_took_too_long_gives_up() {
     let world = World::new().await;
-    let (thread, _listeners) = predecessor(&world, |mut peer| {
+    let (thread, listeners) = predecessor(&world, |mut peer| {
         peer.say(&json!("released"));
         assert_eq!(peer.hear(), "ready");
         peer.say(&json!("withdrawn"));
@@ -620,11 +620,8 @@ async fn a_successor_that_took_too_long_gives_up() {
     assert!(text.contains("it took too long"), "{text}");
     thread.join().unwrap();
     // It left the directory in order.
-    let log = {
-        drop(_listeners);
-        let serving = world.start();
-        serving.process.stderr()
-    };
+    drop(listeners);
+    let log = world.start().process.stderr();
     assert!(!log.contains("did not end orderly"), "{log}");
 }
 

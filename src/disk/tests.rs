@@ -4,6 +4,8 @@
     reason = "small numbers, on 64-bit targets"
 )]
 
+mod release;
+
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;

@@ -138,8 +138,8 @@ impl Predecessor {
             };
             match Self::ask(line, pid, addresses).await {
                 Ok(found) => return found.map(Some),
-                // It is just ending, or has just been taken over by somebody else.
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+                // It is just ending, has just been taken over by somebody else, or was not in the end.
+                Err(error) if is_gone(&error) => {}
                 Err(error) => {
                     let reason = format!("it does not answer on {}: {error}", path.display());
                     return Err(Refusal { pid, reason });
@@ -298,10 +298,10 @@ pub(super) async fn to_successor(estate: Estate, mut socket: UnixListener) -> i3
             }
             Err(NotTaken::Failed(error)) => {
                 tracing::error!(pid, %error, "a process was about to take over and did not: taking the cache directory back");
-                estate.metrics.handover_failed();
                 if let Some(renewed) = estate.take_back().await {
                     socket = renewed;
                 }
+                estate.metrics.handover_failed();
             }
         }
     }
