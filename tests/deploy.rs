@@ -194,7 +194,7 @@ fn the_socket_unit_agrees_with_the_defaults() {
     // One name for all sockets of a unit, so it has one socket.
     for line in [&listen, "FileDescriptorName=data"] {
         assert_eq!(
-            unit.lines().filter(|found| found == line).count(),
+            unit.lines().filter(|found| *found == line).count(),
             1,
             "{line}"
         );
