@@ -354,8 +354,10 @@ pub async fn run_until_ended(mut replica: Replica) -> ExitCode {
         tokio::select! {
             signal = signals.next() => {
                 if signal == Received::Hangup {
-                    systemd::reloading();
-                    successor = start_successor();
+                    if successor.is_none() {
+                        systemd::reloading();
+                        successor = start_successor();
+                    }
                     continue;
                 }
                 systemd::stopping();
@@ -364,8 +366,17 @@ pub async fn run_until_ended(mut replica: Replica) -> ExitCode {
                 return ended(replica.drain(with_grace), signals.end()).await;
             }
             pid = replica.superseded() => {
-                tracing::info!(successor = pid, "draining what is left; a signal ends at once");
-                return ended(replica.leave(), signals.end()).await;
+                tracing::info!(
+                    successor = pid,
+                    "draining what is left; a signal closes idle connections, a second one ends at once"
+                );
+                let ending = replica.data_ending.clone();
+                let two_signals = async {
+                    signals.end().await;
+                    ending.close_idle();
+                    signals.end().await;
+                };
+                return ended(replica.leave(), two_signals).await;
             }
             status = exited(&mut successor) => {
                 tracing::error!(status, "the process that was to take over ended; carrying on");
