@@ -46,10 +46,18 @@ const REQUESTS: [[&str; 2]; 4] = [
 const TIERS: [[&str; 1]; 4] = [["disk"], ["remote"], ["stale"], ["none"]];
 
 /// Calls of the remote trait that go well.
-const REMOTE_REQUESTS: [[&str; 2]; 3] = [["read", "ok"], ["read_current", "ok"], ["stat", "ok"]];
+const REMOTE_REQUESTS: [[&str; 2]; 4] = [
+    ["read", "ok"],
+    ["read_current", "ok"],
+    ["stat", "ok"],
+    ["checksums", "ok"],
+];
 
 /// Calls of the remote trait.
-const REMOTE_OPS: [[&str; 1]; 3] = [["read"], ["read_current"], ["stat"]];
+const REMOTE_OPS: [[&str; 1]; 4] = [["read"], ["read_current"], ["stat"], ["checksums"]];
+
+/// What comparing a whole revision with the remote's checksum can come to.
+const OBJECT_CHECKS: [[&str; 1]; 5] = [["match"], ["mismatch"], ["none"], ["gone"], ["failed"]];
 
 /// Seconds. A disk hit takes tens of microseconds, S3 30 to 200 ms, a whole snapshot minutes: a
 /// factor of about 3 a bucket from 100 µs on, which is as much as the alerts on them need.
@@ -141,6 +149,7 @@ struct Inner {
     open_responses: Gauge,
     connections: Gauge,
     aborted: Family<ReasonLabel, Counter>,
+    object_checks: Children<OutcomeLabel, Counter>,
 }
 
 impl Metrics {
@@ -220,6 +229,12 @@ impl Metrics {
         self.0.aborted.get_or_create(&ReasonLabel([reason])).inc();
     }
 
+    /// A wholly held revision was to be compared with the remote's checksum of the object: match, mismatch (it was
+    /// dropped), none (the remote has none), gone (the object is at another revision) or failed (tried again later).
+    pub fn object_check(&self, outcome: &'static str) {
+        self.0.object_checks.with([outcome], Counter::inc);
+    }
+
     /// Everything, in the format of [`Metrics::CONTENT_TYPE`]. The disk tier counts for itself, so its
     /// numbers are handed in at each scrape; `None`: there is no disk tier (yet).
     #[expect(clippy::missing_panics_doc, reason = "writing to a String cannot fail")]
@@ -260,6 +275,7 @@ impl Default for Inner {
             open_responses: Gauge::default(),
             connections: Gauge::default(),
             aborted: Family::default(),
+            object_checks: Children::new(&OBJECT_CHECKS),
         };
         inner.registered()
     }
@@ -341,6 +357,11 @@ impl Inner {
             "Responses that send behind the cursor of a fill",
             self.followers.clone(),
         );
+        registry.register(
+            "object_checks",
+            "Wholly held revisions compared with the checksum that S3 has of the object, by outcome",
+            self.object_checks.family.clone(),
+        );
         self
     }
 }
@@ -389,6 +410,28 @@ fn disk_registry(stats: &DiskStats) -> Registry {
         "degraded",
         "1 while writes are refused because of disk trouble",
         ConstGauge::new(u64::from(stats.degraded)),
+    );
+    registry.register_with_unit(
+        "scrubbed",
+        "Bytes read to be compared with their checksums",
+        Unit::Bytes,
+        ConstCounter::new(stats.scrubbed_bytes),
+    );
+    registry.register(
+        "scrubbed_segments",
+        "Segments of which every block was compared with its checksum",
+        ConstCounter::new(stats.scrubbed_segments),
+    );
+    registry.register(
+        "corrupt_blocks",
+        "Blocks that did not have their checksum; their files were dropped",
+        ConstCounter::new(stats.corrupt_blocks),
+    );
+    registry.register_with_unit(
+        "oldest_verified",
+        "How long ago the held segment that waits longest was verified",
+        Unit::Seconds,
+        ConstGauge::new(stats.oldest_verified.as_secs()),
     );
     registry
 }
@@ -584,6 +627,7 @@ mod tests {
         metrics.open_responses(1);
         metrics.connections(2);
         metrics.aborted("remote");
+        metrics.object_check("match");
     }
 
     #[test]
@@ -599,6 +643,10 @@ mod tests {
             open_files: 7,
             revisions_in_memory: 5,
             degraded: true,
+            scrubbed_bytes: 8,
+            scrubbed_segments: 9,
+            corrupt_blocks: 11,
+            oldest_verified: Duration::from_millis(12_900),
         };
         let samples = parse(&metrics.encode(Some(&stats)));
         for (series, value) in [
@@ -668,6 +716,12 @@ mod tests {
             ("pinrange_disk_open_files", "7"),
             ("pinrange_disk_revisions", "5"),
             ("pinrange_disk_degraded", "1"),
+            ("pinrange_disk_scrubbed_bytes_total", "8"),
+            ("pinrange_disk_scrubbed_segments_total", "9"),
+            ("pinrange_disk_corrupt_blocks_total", "11"),
+            ("pinrange_disk_oldest_verified_seconds", "12"),
+            ("pinrange_object_checks_total{outcome=\"match\"}", "1"),
+            ("pinrange_object_checks_total{outcome=\"mismatch\"}", "0"),
             (
                 concat!(
                     "pinrange_build_info{version=\"",

@@ -15,7 +15,7 @@ const LAYERS: &[&[&str]] = &[
     &["disk", "remote"],
     &["payload", "telemetry", "mount", "strict_s3"],
     &["fill"],
-    &["tiers"],
+    &["tiers", "audit"],
     &["config"],
     &["server", "cli"],
 ];

@@ -22,13 +22,14 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::accept::{Acceptor, ConnInfo, DrainReport, Limits};
-use super::admin::{self, Admin, Control, PurgeRefused, Readiness};
+use super::admin::{self, Admin, Control, PurgeRefused, Readiness, ScrubRefused};
 use super::body::ResponseBody;
 use super::handler::Handler;
 use super::io::Timeouts;
 use super::page_in::PageIn;
+use crate::audit::Auditor;
 use crate::config::{Config, MountConfig};
-use crate::disk::{DiskError, DiskTier, Purged};
+use crate::disk::{DiskError, DiskTier, Purged, ScrubReport};
 use crate::fill::{FillSettings, Filler};
 use crate::mount::{ForbiddenAs, Mount, Mounts, PathError};
 use crate::remote::s3::{CredentialSource, InvalidS3Settings, S3Remote, S3Settings};
@@ -117,6 +118,7 @@ pub struct Replica {
     admin_task: JoinHandle<DrainReport>,
     tiers: Arc<Tiers>,
     filler: Arc<Filler>,
+    auditor: Auditor,
     disk: Arc<DiskTier>,
     drain_grace: Duration,
 }
@@ -165,6 +167,12 @@ impl Replica {
                 fan_out: config.cache.fan_out,
                 part_size: part_size.get(),
             },
+            metrics.clone(),
+        );
+        let auditor = Auditor::start(
+            Arc::clone(&disk),
+            Arc::clone(&filler),
+            Arc::clone(&mounts),
             metrics.clone(),
         );
         let (readiness, is_ready) = watch::channel(Readiness::Ready);
@@ -216,6 +224,7 @@ impl Replica {
             stop_admin,
             tiers,
             filler,
+            auditor,
             disk,
             drain_grace: config.server.drain_grace,
         })
@@ -245,6 +254,7 @@ impl Replica {
             cut: 0,
         });
         self.filler.shutdown().await;
+        self.auditor.shutdown().await;
         close(&self.disk).await;
         self.stop_admin.cancel();
         // A panic there has been reported by the runtime already.
@@ -409,6 +419,7 @@ async fn open_mount(
         stale_if_error: config.stale_if_error,
         forbidden: config.forbidden,
         retries: config.retries,
+        verify: config.verify,
     })
 }
 
@@ -436,6 +447,14 @@ impl Control for Operator {
 
     fn metrics(&self) -> String {
         self.metrics.encode(Some(&self.disk.stats()))
+    }
+
+    async fn scrub(&self) -> Result<ScrubReport, ScrubRefused> {
+        match self.disk.scrub().await {
+            Ok(Some(report)) => Ok(report),
+            Ok(None) => Err(ScrubRefused::UnderWay),
+            Err(error) => Err(ScrubRefused::Failed(error.to_string())),
+        }
     }
 
     async fn purge(&self, path: String) -> Result<Purged, PurgeRefused> {

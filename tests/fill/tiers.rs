@@ -51,6 +51,7 @@ impl Replica {
             capacity: 16 * SEGMENT,
             min_free,
             block_size: BLOCK,
+            scrub_rate: 0,
         })
         .unwrap();
         let settings = FillSettings {

@@ -18,6 +18,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod rot;
 mod semantics_doc;
 mod world;
 
