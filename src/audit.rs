@@ -271,3 +271,206 @@ fn asked_for(error: &RemoteError) -> Duration {
         _ => Duration::ZERO,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU64;
+
+    use bytes::Bytes;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::disk::{DiskConfig, MinFree};
+    use crate::fill::FillSettings;
+    use crate::mount::ForbiddenAs;
+    use crate::object::{ObjectKey, Representation};
+    use crate::remote::Remote as _;
+    use crate::remote::fault::{Effect, FaultRemote, Op};
+    use crate::remote::memory::MemoryRemote;
+    use crate::semantics::ByteRange;
+
+    const SIZE: usize = 20_000;
+
+    struct World {
+        memory: MemoryRemote,
+        remote: Arc<FaultRemote<MemoryRemote>>,
+        desk: Desk,
+        _dir: TempDir,
+    }
+
+    impl World {
+        fn new(verify: bool) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let disk = DiskTier::open(DiskConfig {
+                dir: dir.path().to_owned(),
+                capacity: 1 << 30,
+                min_free: MinFree::Bytes(0),
+                block_size: 4096,
+                scrub_rate: 0,
+            })
+            .unwrap();
+            let memory = MemoryRemote::versioned();
+            let remote = Arc::new(FaultRemote::new(memory.clone()));
+            let metrics = Metrics::default();
+            let settings = FillSettings {
+                part_size: NonZeroU64::new(1 << 20).unwrap(),
+                budget: 1 << 20,
+            };
+            let mount = Mount {
+                path: "/".to_owned(),
+                prefix: String::new(),
+                remote: Arc::clone(&remote) as _,
+                fresh_for: Duration::ZERO,
+                stale_if_error: Duration::ZERO,
+                forbidden: ForbiddenAs::BadGateway,
+                retries: 0,
+                verify,
+            };
+            let desk = Desk {
+                filler: Filler::new(Arc::clone(&disk), settings, metrics.clone()),
+                disk,
+                mounts: Arc::new(Mounts::new(vec![mount])),
+                metrics,
+            };
+            Self {
+                memory,
+                remote,
+                desk,
+                _dir: dir,
+            }
+        }
+
+        fn bytes(seed: u8) -> Bytes {
+            (0..SIZE).map(|at| at.to_le_bytes()[0] ^ seed).collect()
+        }
+
+        fn put(&self, key: &str) -> Representation {
+            self.memory.put(key, Self::bytes(7), &[])
+        }
+
+        /// `bytes` are held as those of `representation`.
+        async fn hold(&self, key: &str, representation: &Representation, bytes: Bytes) -> Revision {
+            let key = ObjectKey::new(Arc::clone(self.remote.store()), key);
+            let disk = &self.desk.disk;
+            let held = disk.admit(&key, representation).await.unwrap();
+            let whole = ByteRange::whole(SIZE as u64).unwrap();
+            let reservation = disk.reserve(whole.len()).await.unwrap();
+            let mut writer = held.writer(whole, reservation).await.unwrap();
+            writer.write(vec![bytes]).await.unwrap();
+            disk.flush().await.unwrap();
+            held.revision().clone()
+        }
+
+        /// Audits what has become complete, and returns how many HEADs that took.
+        async fn audit(&self, revision: &Revision) -> usize {
+            let before = self.remote.count(Op::Checksums);
+            let (send, completions) = mpsc::channel(1);
+            send.try_send(revision.clone()).unwrap();
+            drop(send);
+            self.desk.work(completions).await;
+            self.remote.count(Op::Checksums) - before
+        }
+
+        async fn is_held(&self, revision: &Revision) -> bool {
+            self.desk.disk.load(revision).await.is_some()
+        }
+
+        fn counted(&self, outcome: Outcome, times: u32) -> bool {
+            let label = outcome.label();
+            let line = format!("pinrange_object_checks_total{{outcome=\"{label}\"}} {times}\n");
+            self.desk.metrics.encode(None).contains(&line)
+        }
+    }
+
+    #[tokio::test]
+    async fn any_checksum_that_the_remote_has_is_compared_and_remembered() {
+        let world = World::new(true);
+        for algorithm in ChecksumAlgorithm::ALL {
+            for (right, of) in [(true, 7), (false, 8)] {
+                let key = format!("{algorithm:?} {right}");
+                let representation = world.put(&key);
+                let said = Checksum::of(algorithm, &World::bytes(of));
+                world.memory.set_checksums(&key, vec![said.clone()]);
+                let revision = world.hold(&key, &representation, World::bytes(7)).await;
+                assert_eq!(world.audit(&revision).await, 1);
+                assert_eq!(world.is_held(&revision).await, right, "{key}");
+                if right {
+                    let known = world.desk.disk.whole(&revision).await.unwrap();
+                    assert_eq!(known, Some(Whole::Is(said)));
+                    assert_eq!(world.audit(&revision).await, 0, "asked twice");
+                }
+            }
+        }
+        assert!(world.counted(Outcome::Match, 10) && world.counted(Outcome::Mismatch, 5));
+    }
+
+    /// What was fetched again after a part was lost is compared with what S3 said before.
+    #[tokio::test]
+    async fn what_was_once_compared_is_compared_again_without_asking() {
+        let world = World::new(true);
+        let representation = world.put("k");
+        let revision = world.hold("k", &representation, World::bytes(8)).await;
+        let said = Checksum::of(ChecksumAlgorithm::Crc64Nvme, &World::bytes(7));
+        let disk = &world.desk.disk;
+        disk.set_whole(&revision, Whole::Is(said)).await.unwrap();
+        assert_eq!(world.audit(&revision).await, 0);
+        assert!(world.counted(Outcome::Mismatch, 1) && !world.is_held(&revision).await);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_compared_is_kept_and_not_asked_for_again() {
+        let world = World::new(true);
+        let first = world.put("none");
+        world.memory.set_checksums("none", Vec::new());
+        let none = world.hold("none", &first, World::bytes(7)).await;
+        assert_eq!(world.audit(&none).await, 1);
+        assert!(world.counted(Outcome::None, 1));
+
+        let second = world.put("gone");
+        let gone = world.hold("gone", &second, World::bytes(7)).await;
+        world.memory.delete("gone");
+        world
+            .memory
+            .delete_version("gone", second.version_id.as_deref().unwrap());
+        assert_eq!(world.audit(&gone).await, 1);
+        assert!(world.counted(Outcome::Gone, 1));
+        for revision in [&none, &gone] {
+            assert!(world.is_held(revision).await);
+            assert_eq!(world.audit(revision).await, 0);
+        }
+
+        let third = world.put("denied");
+        let denied = world.hold("denied", &third, World::bytes(7)).await;
+        let nth = world.remote.count(Op::Checksums) + 1;
+        let refusal = Effect::Fail(RemoteErrorKind::Forbidden);
+        world.remote.on(Op::Checksums, nth, refusal);
+        assert_eq!(world.audit(&denied).await, 1);
+        assert!(world.counted(Outcome::Failed, 1) && world.is_held(&denied).await);
+        assert_eq!(world.audit(&denied).await, 1, "it may be allowed by now");
+        assert!(world.counted(Outcome::Match, 1));
+    }
+
+    #[tokio::test]
+    async fn a_replaced_version_is_compared_with_its_own_checksum() {
+        let world = World::new(true);
+        let representation = world.put("k");
+        let revision = world.hold("k", &representation, World::bytes(7)).await;
+        world.memory.put("k", "other", &[]);
+        assert_eq!(world.audit(&revision).await, 1);
+        assert!(world.counted(Outcome::Match, 1));
+    }
+
+    #[tokio::test]
+    async fn only_whole_revisions_of_mounts_that_verify_are_asked_for() {
+        let world = World::new(false);
+        let representation = world.put("k");
+        let revision = world.hold("k", &representation, World::bytes(8)).await;
+        assert_eq!(world.audit(&revision).await, 0);
+        assert!(world.is_held(&revision).await);
+
+        let world = World::new(true);
+        let key = ObjectKey::new(Arc::clone(world.remote.store()), "k");
+        let held = world.desk.disk.admit(&key, &representation).await.unwrap();
+        assert_eq!(world.audit(held.revision()).await, 0, "not a block is held");
+    }
+}

@@ -1090,7 +1090,9 @@ fn classify(op: &'static str, head: &Head, code: Option<&str>) -> (RemoteErrorKi
             (Kind::Absent, "there is no such object".to_owned())
         }
         // Without a body a missing bucket cannot be told from a missing key.
-        (404, _) if op == "stat" => (Kind::Absent, "there is no such object".to_owned()),
+        (404, _) if matches!(op, "stat" | "checksums") => {
+            (Kind::Absent, "there is no such object".to_owned())
+        }
         // The default page of a proxy whose S3 is away must not read as "deleted".
         (404, _) => (
             Kind::Protocol,

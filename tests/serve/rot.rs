@@ -60,18 +60,6 @@ async fn a_whole_object_costs_one_head() {
     assert_eq!(world.s3.stats().requests, 0);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_mount_that_does_not_verify_asks_nothing() {
-    let world = World::new().await;
-    let object = bytes(41, PART);
-    world.put("object", &object);
-    assert_eq!(world.get("/m/object", &[]).await.body, object);
-    let world = world.restart().await;
-    assert_eq!(world.get("/m/object", &[]).await.body, object);
-    let log = world.s3.log();
-    assert_eq!(heads(&log), 0, "{log:#?}");
-}
-
 /// A byte that changed between S3 and us: whoever was served meanwhile has it, but nobody after.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_what_was_uploaded_is_dropped() {
