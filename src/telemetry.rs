@@ -627,7 +627,6 @@ mod tests {
         metrics.open_responses(1);
         metrics.connections(2);
         metrics.aborted("remote");
-        metrics.object_check("match");
     }
 
     #[test]
@@ -643,10 +642,7 @@ mod tests {
             open_files: 7,
             revisions_in_memory: 5,
             degraded: true,
-            scrubbed_bytes: 8,
-            scrubbed_segments: 9,
-            corrupt_blocks: 11,
-            oldest_verified: Duration::from_millis(12_900),
+            ..DiskStats::default()
         };
         let samples = parse(&metrics.encode(Some(&stats)));
         for (series, value) in [
@@ -716,12 +712,6 @@ mod tests {
             ("pinrange_disk_open_files", "7"),
             ("pinrange_disk_revisions", "5"),
             ("pinrange_disk_degraded", "1"),
-            ("pinrange_disk_scrubbed_bytes_total", "8"),
-            ("pinrange_disk_scrubbed_segments_total", "9"),
-            ("pinrange_disk_corrupt_blocks_total", "11"),
-            ("pinrange_disk_oldest_verified_seconds", "12"),
-            ("pinrange_object_checks_total{outcome=\"match\"}", "1"),
-            ("pinrange_object_checks_total{outcome=\"mismatch\"}", "0"),
             (
                 concat!(
                     "pinrange_build_info{version=\"",
@@ -736,6 +726,30 @@ mod tests {
                 Some(value),
                 "{series} in {samples:#?}"
             );
+        }
+    }
+
+    #[test]
+    fn what_looks_for_rot_can_be_scraped() {
+        let metrics = Metrics::default();
+        metrics.object_check("match");
+        let stats = DiskStats {
+            scrubbed_bytes: 8,
+            scrubbed_segments: 9,
+            corrupt_blocks: 11,
+            oldest_verified: Duration::from_millis(12_900),
+            ..DiskStats::default()
+        };
+        let samples = parse(&metrics.encode(Some(&stats)));
+        for (series, value) in [
+            ("pinrange_disk_scrubbed_bytes_total", "8"),
+            ("pinrange_disk_scrubbed_segments_total", "9"),
+            ("pinrange_disk_corrupt_blocks_total", "11"),
+            ("pinrange_disk_oldest_verified_seconds", "12"),
+            ("pinrange_object_checks_total{outcome=\"match\"}", "1"),
+            ("pinrange_object_checks_total{outcome=\"mismatch\"}", "0"),
+        ] {
+            assert_eq!(samples[series], value, "{series}");
         }
     }
 

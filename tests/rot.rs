@@ -8,7 +8,7 @@ mod support;
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use pinrange::strict_s3::{Options, PutOptions, StrictS3};
 use rustix::process::Signal;
@@ -281,11 +281,7 @@ async fn verify_finds_and_repairs() {
         (&false.into(), &false.into())
     );
     assert_eq!(found["bad"].as_array().unwrap().len(), 1);
-    assert!(
-        OBJECTS
-            .iter()
-            .any(|(key, _)| *key == found["bad"][0]["key"])
-    );
+    assert!(SMALL.iter().any(|(key, _)| *key == found["bad"][0]["key"]));
     let (code, stdout, _) = verify(&[]);
     assert_eq!(code, 65, "nothing was changed");
     assert!(stdout.contains("run with --repair"), "{stdout}");

@@ -21,7 +21,7 @@ impl Geometry {
         self.block_size.is_power_of_two()
             && self.segment_size > 0
             && self.segment_size.is_multiple_of(self.block_size)
-            && self.segment_size / self.block_size <= u64::from(u32::MAX)
+            && u32::try_from(self.segment_size / self.block_size).is_ok()
     }
 
     /// The segment that `offset` lies in.

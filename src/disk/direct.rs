@@ -23,7 +23,7 @@ const ALIGNMENT: usize = 4096;
 pub(super) struct Direct {
     file: File,
     /// `false`: the file system has no `O_DIRECT`.
-    direct: bool,
+    past_cache: bool,
     buffer: Vec<u8>,
 }
 
@@ -32,19 +32,19 @@ impl Direct {
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::DIRECT.bits().cast_signed();
         let direct = OpenOptions::new().read(true).custom_flags(flags).open(path);
-        let (file, direct) = match direct {
+        let (file, past_cache) = match direct {
             Err(error) if is_not_supported(&error) => (File::open(path)?, false),
             opened => (opened?, true),
         };
         Ok(Self {
             file,
-            direct,
+            past_cache,
             buffer: Vec::new(),
         })
     }
 
     fn forget(&self, offset: u64, len: usize) {
-        if !self.direct {
+        if !self.past_cache {
             // Advice: what does not heed it caches more.
             let _ = rustix::fs::fadvise(
                 &self.file,
@@ -100,7 +100,7 @@ mod tests {
             let mut file = Direct::open(&path).unwrap();
             if !direct {
                 file.file = File::open(&path).unwrap();
-                file.direct = false;
+                file.past_cache = false;
             }
             for (offset, len) in [
                 (0, 1),

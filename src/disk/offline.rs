@@ -151,7 +151,8 @@ impl OfflineTier {
             let sums = |incarnation| self.db.sums(incarnation);
             let path = |incarnation| self.path(incarnation);
             let reason = match whole::checksum(&stored, recorded.algorithm(), sums, path) {
-                Ok(Computed::Incomplete) => continue,
+                // A file that cannot be read was named as bad already.
+                Ok(Computed::Incomplete) | Err(DiskError::Io { .. }) => continue,
                 Ok(Computed::Checksum(checksum)) if checksum == recorded => {
                     findings.whole_objects += 1;
                     continue;
@@ -160,8 +161,6 @@ impl OfflineTier {
                     format!("its checksum is {checksum}, and S3 said {recorded}")
                 }
                 Ok(Computed::Contradiction) => "two files hold different bytes of it".to_owned(),
-                // Said of its segment already.
-                Err(DiskError::Io { .. }) => continue,
                 Err(error) => return Err(error),
             };
             findings.whole_objects += 1;

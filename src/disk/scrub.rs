@@ -324,7 +324,7 @@ mod tests {
             pace.after(256 << 10);
         }
         assert!(pace.next >= start + Duration::from_secs(2));
-        pace.next = start.checked_sub(Duration::from_secs(60)).unwrap_or(start);
+        pace.next = start.checked_sub(Duration::from_mins(1)).unwrap_or(start);
         let now = Instant::now();
         assert!(pace.after(1 << 20) >= now + Duration::from_secs(1));
     }

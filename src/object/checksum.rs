@@ -175,7 +175,7 @@ impl FromStr for Checksum {
 pub struct ChecksumHasher(State);
 
 enum State {
-    Crc(ChecksumAlgorithm, Digest),
+    Crc(ChecksumAlgorithm, Box<Digest>),
     Sha256(Box<Sha256>),
     Sha1(Box<Sha1>),
 }
@@ -184,7 +184,7 @@ impl ChecksumHasher {
     /// Over no bytes yet.
     pub fn new(algorithm: ChecksumAlgorithm) -> Self {
         Self(match (algorithm, algorithm.crc()) {
-            (_, Some(crc)) => State::Crc(algorithm, Digest::new(crc)),
+            (_, Some(crc)) => State::Crc(algorithm, Box::new(Digest::new(crc))),
             (ChecksumAlgorithm::Sha1, None) => State::Sha1(Box::default()),
             (_, None) => State::Sha256(Box::default()),
         })

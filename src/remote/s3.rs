@@ -856,14 +856,15 @@ impl Head {
     /// Those of the full object. One that was put together from the parts' checksums is not among them: it is marked as such,
     /// by servers that know the mark; where there is none, an object uploaded in parts (its `ETag` ends in `-N`) has no other.
     fn checksums(&self, validator: &Validator) -> Vec<Checksum> {
-        let full = match self.headers.get("x-amz-checksum-type") {
-            Some(kind) => kind == "FULL_OBJECT",
-            None => !validator
-                .as_field_value()
-                .trim_matches('"')
-                .rsplit_once('-')
-                .is_some_and(|(_, parts)| decimal(parts).is_some()),
+        let in_one_piece = || {
+            let tag = validator.as_field_value().trim_matches('"');
+            let parts = tag.rsplit_once('-').map(|(_, parts)| parts);
+            parts.and_then(decimal).is_none()
         };
+        let full = self
+            .headers
+            .get("x-amz-checksum-type")
+            .map_or_else(in_one_piece, |kind| kind == "FULL_OBJECT");
         if !full {
             return Vec::new();
         }

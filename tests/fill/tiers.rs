@@ -36,6 +36,7 @@ impl Replica {
             stale_if_error: Duration::from_mins(5),
             forbidden: ForbiddenAs::default(),
             retries: 1,
+            verify: false,
         });
         Self::over(remote, mount, Arc::new(TempDir::new().unwrap()), min_free)
     }

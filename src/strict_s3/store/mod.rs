@@ -436,10 +436,9 @@ impl Store {
     ) -> Result<PutResult, StoreError> {
         let label = Label {
             etag: payload.etag(),
-            checksum: match checked(&payload, announced)? {
-                Some(checksum) => Some(StoredChecksum::full(&checksum)),
-                None => None,
-            },
+            checksum: checked(&payload, announced)?
+                .as_ref()
+                .map(StoredChecksum::full),
         };
         self.commit_as(bucket, key, payload, label, options, condition)
             .await
