@@ -134,14 +134,14 @@ impl Desk {
                     return;
                 };
                 match self.audit(mount, &revision).await {
-                    Ok(Some(outcome)) => self.metrics.object_check(outcome.label()),
+                    Ok(Some(outcome)) => self.metrics.audited(outcome.label()),
                     Ok(None) => {}
                     Err(error) => {
                         tracing::warn!(
                             error = &error as &dyn std::error::Error, key = ?revision.key,
                             "could not compare an object with its checksum; the scrubber comes back to it"
                         );
-                        self.metrics.object_check(Outcome::Failed.label());
+                        self.metrics.audited(Outcome::Failed.label());
                     }
                 }
             })
@@ -377,7 +377,7 @@ mod tests {
 
         fn counted(&self, outcome: Outcome, times: u32) -> bool {
             let label = outcome.label();
-            let line = format!("pinrange_object_checks_total{{outcome=\"{label}\"}} {times}\n");
+            let line = format!("pinrange_audits_total{{outcome=\"{label}\"}} {times}\n");
             self.desk.metrics.encode(None).contains(&line)
         }
     }

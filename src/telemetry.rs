@@ -57,7 +57,7 @@ const REMOTE_REQUESTS: [[&str; 2]; 4] = [
 const REMOTE_OPS: [[&str; 1]; 4] = [["read"], ["read_current"], ["stat"], ["checksums"]];
 
 /// What comparing a whole revision with the remote's checksum can come to.
-const OBJECT_CHECKS: [[&str; 1]; 5] = [["match"], ["mismatch"], ["none"], ["gone"], ["failed"]];
+const AUDITS: [[&str; 1]; 5] = [["match"], ["mismatch"], ["none"], ["gone"], ["failed"]];
 
 /// Seconds. A disk hit takes tens of microseconds, S3 30 to 200 ms, a whole snapshot minutes: a
 /// factor of about 3 a bucket from 100 µs on, which is as much as the alerts on them need.
@@ -149,7 +149,7 @@ struct Inner {
     open_responses: Gauge,
     connections: Gauge,
     aborted: Family<ReasonLabel, Counter>,
-    object_checks: Children<OutcomeLabel, Counter>,
+    audits: Children<OutcomeLabel, Counter>,
 }
 
 impl Metrics {
@@ -231,8 +231,8 @@ impl Metrics {
 
     /// A wholly held revision was to be compared with the remote's checksum of the object: match, mismatch (it was
     /// dropped), none (the remote has none), gone (the object is at another revision) or failed (tried again later).
-    pub fn object_check(&self, outcome: &'static str) {
-        self.0.object_checks.with([outcome], Counter::inc);
+    pub fn audited(&self, outcome: &'static str) {
+        self.0.audits.with([outcome], Counter::inc);
     }
 
     /// Everything, in the format of [`Metrics::CONTENT_TYPE`]. The disk tier counts for itself, so its
@@ -275,7 +275,7 @@ impl Default for Inner {
             open_responses: Gauge::default(),
             connections: Gauge::default(),
             aborted: Family::default(),
-            object_checks: Children::new(&OBJECT_CHECKS),
+            audits: Children::new(&AUDITS),
         };
         inner.registered()
     }
@@ -358,9 +358,9 @@ impl Inner {
             self.followers.clone(),
         );
         registry.register(
-            "object_checks",
-            "Wholly held revisions compared with the checksum that S3 has of the object, by outcome",
-            self.object_checks.family.clone(),
+            "audits",
+            "Wholly held revisions compared with the checksum that S3 has of them, by outcome",
+            self.audits.family.clone(),
         );
         self
     }
@@ -732,7 +732,7 @@ mod tests {
     #[test]
     fn what_looks_for_rot_can_be_scraped() {
         let metrics = Metrics::default();
-        metrics.object_check("match");
+        metrics.audited("match");
         let stats = DiskStats {
             scrubbed_bytes: 8,
             scrubbed_segments: 9,
@@ -746,8 +746,8 @@ mod tests {
             ("pinrange_disk_scrubbed_segments_total", "9"),
             ("pinrange_disk_corrupt_blocks_total", "11"),
             ("pinrange_disk_oldest_verified_seconds", "12"),
-            ("pinrange_object_checks_total{outcome=\"match\"}", "1"),
-            ("pinrange_object_checks_total{outcome=\"mismatch\"}", "0"),
+            ("pinrange_audits_total{outcome=\"match\"}", "1"),
+            ("pinrange_audits_total{outcome=\"mismatch\"}", "0"),
         ] {
             assert_eq!(samples[series], value, "{series}");
         }

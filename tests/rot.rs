@@ -110,33 +110,33 @@ impl Bucket {
         files.sort();
         files
     }
+}
 
-    /// Inverts `flips` bits, each anywhere in the files.
-    fn flip(&self, flips: usize, files: &[PathBuf]) {
-        let mut random = Random(flips as u64);
-        let files: Vec<_> = files
-            .iter()
-            .map(|path| {
-                let file = OpenOptions::new().read(true).write(true).open(path);
-                (
-                    file.unwrap(),
-                    usize::try_from(path.metadata().unwrap().len()).unwrap(),
-                )
-            })
-            .collect();
-        let total = files.iter().map(|(_, len)| len).sum();
-        for _ in 0..flips {
-            let mut at = random.below(total);
-            for (file, len) in &files {
-                if at < *len {
-                    let mut byte = [0];
-                    file.read_exact_at(&mut byte, at as u64).unwrap();
-                    byte[0] ^= 1 << random.below(8);
-                    file.write_all_at(&byte, at as u64).unwrap();
-                    break;
-                }
-                at -= len;
+/// Inverts `flips` bits, each anywhere in the files.
+fn flip(flips: usize, files: &[PathBuf]) {
+    let mut random = Random(flips as u64);
+    let files: Vec<_> = files
+        .iter()
+        .map(|path| {
+            let file = OpenOptions::new().read(true).write(true).open(path);
+            (
+                file.unwrap(),
+                usize::try_from(path.metadata().unwrap().len()).unwrap(),
+            )
+        })
+        .collect();
+    let total = files.iter().map(|(_, len)| len).sum();
+    for _ in 0..flips {
+        let mut at = random.below(total);
+        for (file, len) in &files {
+            if at < *len {
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, at as u64).unwrap();
+                byte[0] ^= 1 << random.below(8);
+                file.write_all_at(&byte, at as u64).unwrap();
+                break;
             }
+            at -= len;
         }
     }
 }
@@ -160,7 +160,7 @@ async fn ten_thousand_flips_below_a_killed_replica_serve_nothing_wrong() {
     killed.process.signal(Signal::KILL);
     killed.process.wait();
     let files = bucket.segment_files();
-    bucket.flip(FLIPS, &files);
+    flip(FLIPS, &files);
     bucket.s3.clear_log();
     let serving = bucket.serve();
     bucket.read_everything(&serving);
@@ -180,14 +180,14 @@ async fn ten_thousand_flips_below_a_killed_replica_serve_nothing_wrong() {
 async fn ten_thousand_flips_after_a_clean_stop_are_found_by_one_scrub() {
     let bucket = Bucket::of(LARGE).await;
     assert!(bucket.filled().stop().success());
-    bucket.flip(FLIPS, &bucket.segment_files());
+    flip(FLIPS, &bucket.segment_files());
     let serving = bucket.serve();
     let found = scrub(&serving);
     assert!(found["corrupt_blocks"].as_u64().unwrap() > 200, "{found}");
     bucket.read_everything(&serving);
     // While it runs, with all of it in the page cache.
     scrub(&serving);
-    bucket.flip(FLIPS, &bucket.segment_files());
+    flip(FLIPS, &bucket.segment_files());
     let found = scrub(&serving);
     assert!(found["corrupt_blocks"].as_u64().unwrap() > 200, "{found}");
     bucket.read_everything(&serving);
@@ -209,7 +209,7 @@ async fn one_flip_costs_one_segment() {
         .filter(|file| file.metadata().unwrap().len() == SEGMENT)
         .cloned()
         .collect();
-    bucket.flip(1, &whole[..1]);
+    flip(1, &whole[..1]);
     let serving = bucket.serve();
     let found = scrub(&serving);
     assert_eq!(
@@ -228,7 +228,7 @@ async fn a_rotten_catalog_serves_nothing_wrong() {
     bucket.filled().stop();
     let catalog = bucket.dir.path().join("cache/catalog.sqlite");
     for flips in [1, 3, 10, 30, 100, 300] {
-        bucket.flip(flips, std::slice::from_ref(&catalog));
+        flip(flips, std::slice::from_ref(&catalog));
         let mut serving = bucket.serve();
         bucket.read_everything(&serving);
         scrub(&serving);
@@ -272,7 +272,7 @@ async fn verify_finds_and_repairs() {
     assert_eq!(code, 0, "{stdout}");
     assert!(stdout.contains("all as it was written"), "{stdout}");
 
-    bucket.flip(5, &bucket.segment_files()[..1]);
+    flip(5, &bucket.segment_files()[..1]);
     let (code, stdout, stderr) = verify(&["--json"]);
     assert_eq!((code, stderr.as_str()), (65, ""));
     let found: serde_json::Value = serde_json::from_str(&stdout).unwrap();

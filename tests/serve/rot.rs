@@ -23,7 +23,7 @@ fn heads(log: &[LogEntry]) -> usize {
 
 /// Waits until so many audits have come to `outcome`. A metric has no event to wait for.
 async fn audited(world: &World, outcome: &str, times: u32) {
-    let line = format!("pinrange_object_checks_total{{outcome=\"{outcome}\"}} {times}\n");
+    let line = format!("pinrange_audits_total{{outcome=\"{outcome}\"}} {times}\n");
     let waited = tokio::time::timeout(PATIENCE, async {
         while !world.metrics().await.contains(&line) {
             tokio::time::sleep(Duration::from_millis(10)).await;
