@@ -217,14 +217,14 @@ impl ChecksumHasher {
 
 /// The CRC of a whole out of those of its stretches, given in order.
 ///
-/// Appending `n` bytes to a message multiplies its CRC by a matrix that depends on `n` alone. That of
-/// the usual length is made once (two milliseconds), after which a stretch costs some fifty
-/// nanoseconds, so a terabyte of 256 KiB blocks takes a fifth of a second.
+/// Appending `n` bytes to a message multiplies its CRC, a polynomial, by `x` to the power of `8n`: a matrix over the
+/// CRC's bits that depends on `n` alone. That of the usual length is made once, after which a stretch costs some fifty
+/// nanoseconds instead of a hundred microseconds or more; a terabyte has four million blocks of 256 KiB.
 pub struct Combined {
     algorithm: ChecksumAlgorithm,
     crc_algorithm: CrcAlgorithm,
     usual: u64,
-    /// Column by column; empty until needed.
+    /// What each bit of a CRC becomes; empty until needed.
     appends_usual: Vec<u64>,
     /// `None`: no stretch yet.
     crc: Option<u64>,
@@ -258,16 +258,33 @@ impl Combined {
 
     fn appended_usual(&mut self, crc: u64) -> u64 {
         if self.appends_usual.is_empty() {
-            // For both algorithms the initial value and the final one cancel out, so combining is linear.
-            self.appends_usual = (0..self.algorithm.len() * 8)
-                .map(|bit| crc_fast::checksum_combine(self.crc_algorithm, 1 << bit, 0, self.usual))
-                .collect();
+            // For both algorithms the initial value and the final one cancel out, so combining is linear. They are
+            // reflected: the highest bit is the lowest power, and each bit below is the one above times x.
+            let bits = self.algorithm.len() * 8;
+            let one = 1 << (bits - 1);
+            let first = crc_fast::checksum_combine(self.crc_algorithm, one, 0, self.usual);
+            let polynomial = self.polynomial();
+            let times_x = |column: &u64| {
+                let overflow = if column & 1 == 1 { polynomial } else { 0 };
+                Some((column >> 1) ^ overflow)
+            };
+            let columns = std::iter::successors(Some(first), times_x).take(bits);
+            self.appends_usual = columns.collect();
+            self.appends_usual.reverse();
         }
         self.appends_usual
             .iter()
             .enumerate()
             .filter(|(bit, _)| crc >> bit & 1 == 1)
             .fold(0, |sum, (_, column)| sum ^ column)
+    }
+
+    /// What the algorithm divides by, reflected.
+    fn polynomial(&self) -> u64 {
+        match self.algorithm {
+            ChecksumAlgorithm::Crc64Nvme => 0x9a6c_9329_ac4b_c9b5,
+            _ => 0x82f6_3b78,
+        }
     }
 
     /// The checksum of all stretches together.

@@ -179,6 +179,15 @@ async fn the_thread_verifies_what_is_due_and_remembers_it() {
     assert!(new.exists(), "it was written today");
     assert_eq!(tier.stats().corrupt_blocks, 1);
 
+    // It looks, and leaves it alone.
+    let tier = scrubbing();
+    while tier.stats().oldest_verified.is_zero() {
+        assert!(std::time::Instant::now() < deadline, "it does not look");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tier.close().await.unwrap();
+    assert_eq!(tier.stats().scrubbed_bytes, 0);
+
     // A day later, as it were, its turn comes; and a right one is stamped.
     flip(&new, 0);
     sql(dir.path(), "UPDATE segments SET verified = 1000");
