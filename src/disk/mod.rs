@@ -22,12 +22,14 @@
 //!    │   └ extent.rs    SegmentFile, FileExtent
 //!    ├ writer.rs    BlockWriter, WriterView: bytes in order into segment files
 //!    ├ durability.rs  the one thread that syncs data, then commits coverage
-//!    ├ scrub.rs     the one thread that looks for rot
+//!    ├ scrub.rs     the thread that looks for rot
 //!    │   ├ sums.rs      checksums of blocks
 //!    │   └ direct.rs    reads past the page cache
 //!    ├ whole.rs     checksums of whole revisions
+//!    ├ sweep.rs     the thread that reclaims what an earlier run left over
 //!    ├ catalog.rs   SQLite
-//!    └ room.rs      the account of bytes: Reservation → Charge
+//!    ├ room.rs      the account of bytes: Reservation → Charge
+//!    └ failpoint.rs the steps at which tests take the power away
 //!  offline.rs     the same checks on the directory of a replica that does not run
 //! ```
 //!
@@ -45,11 +47,13 @@ mod coverage;
 mod direct;
 mod durability;
 mod extent;
+mod failpoint;
 mod held;
 pub mod offline;
 mod room;
 mod scrub;
 mod sums;
+mod sweep;
 #[cfg(test)]
 mod tests;
 mod tier;
@@ -201,6 +205,19 @@ pub struct Purged {
     pub bytes: u64,
 }
 
+/// What earlier runs left over, and this one reclaimed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Segment files that no row named.
+    pub files: u64,
+    /// Bytes that they took on disk.
+    pub bytes: u64,
+    /// Rows of segments whose file was gone.
+    pub rows: u64,
+    /// Revisions of which no byte was held.
+    pub revisions: u64,
+}
+
 /// A snapshot of the tier's counters for metrics.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DiskStats {
@@ -215,6 +232,10 @@ pub struct DiskStats {
     /// Segments dropped since the start because their file was gone, short or corrupt, or could
     /// not be synced.
     pub quarantines: u64,
+    /// What was reclaimed since the start of what earlier runs left over.
+    pub swept: Swept,
+    /// Whether leftovers are still being looked for.
+    pub sweeping: bool,
     /// Revisions known to memory.
     pub revisions_in_memory: u64,
     /// Segment files open, those that responses hold included.

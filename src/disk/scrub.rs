@@ -246,7 +246,7 @@ impl Shared {
     }
 
     fn quarantine_row(&self, row: &ScrubRow, why: &io::Error) -> Verdict {
-        if self.quarantine_by_name(&row.id, &row.revision, row.bytes, why) {
+        if self.quarantine_by_name(&row.id, &row.revision, why) {
             Verdict::Dropped
         } else {
             Verdict::Unknown
