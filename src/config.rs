@@ -101,6 +101,10 @@ pub const DEFAULT_FILL_BUDGET: u64 = 256 * MIB;
 /// never keeps the others waiting.
 pub const DEFAULT_FAN_OUT: usize = 8;
 
+/// The default capacity in two hours, and a terabyte within the day for which a verified segment is trusted; of one SSD's
+/// throughput not one hundredth, of a hard disk's a tenth.
+pub const DEFAULT_SCRUB_RATE: u64 = 16 * MIB;
+
 /// Two seconds behind S3 at most, for a question every two seconds instead of one per request.
 pub const DEFAULT_FRESH_FOR: Duration = Duration::from_secs(2);
 
@@ -121,6 +125,10 @@ pub const DEFAULT_STALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Eight more after the first: where S3 fails three requests of ten, one in fifty thousand is not mended. What an
 /// overloaded S3 is spared is decided by the replica's budget of retries (ADR 10), not by this.
 pub const DEFAULT_RETRIES: u32 = 8;
+
+/// Yes: a HEAD per object that was fetched whole is little beside its GETs, and nothing else can tell that what
+/// arrived is what was uploaded.
+pub const DEFAULT_VERIFY: bool = true;
 
 /// What the command line may override. See `pinrange serve --help`.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -291,6 +299,9 @@ pub struct CacheConfig {
     pub fill_budget: u64,
     /// Parallel S3 reads for one response.
     pub fan_out: usize,
+    /// Bytes per second that the scrubber may read; 0: it does not run.
+    #[serde(serialize_with = "size")]
+    pub scrub_rate: u64,
 }
 
 impl Default for CacheConfig {
@@ -303,6 +314,7 @@ impl Default for CacheConfig {
             part_size: DEFAULT_PART_SIZE,
             fill_budget: DEFAULT_FILL_BUDGET,
             fan_out: DEFAULT_FAN_OUT,
+            scrub_rate: DEFAULT_SCRUB_RATE,
         }
     }
 }
@@ -315,6 +327,7 @@ impl CacheConfig {
             capacity: self.capacity,
             min_free: self.min_free,
             block_size: self.block_size,
+            scrub_rate: self.scrub_rate,
         }
     }
 }
@@ -356,6 +369,8 @@ pub struct MountConfig {
     pub stall_timeout: Duration,
     /// Attempts after the first.
     pub retries: u32,
+    /// Compare revisions that are wholly held with the checksum that S3 has of the object. It costs a HEAD each.
+    pub verify: bool,
 }
 
 impl MountConfig {
@@ -375,6 +390,7 @@ impl MountConfig {
             first_byte_timeout: DEFAULT_FIRST_BYTE_TIMEOUT,
             stall_timeout: DEFAULT_STALL_TIMEOUT,
             retries: DEFAULT_RETRIES,
+            verify: DEFAULT_VERIFY,
         }
     }
 }

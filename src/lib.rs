@@ -20,10 +20,11 @@
 //! Layers, each importing only what stands below it (`tests/architecture.rs` holds them to it):
 //!
 //! ```text
-//!  cli        get, demo, serve, check
+//!  cli        get, demo, serve, check, verify
 //!  server     listeners, sendfile, handler, respond
 //!  config     flags, environment, file, checked once
 //!  tiers      disk, then remote; labels; the reader of one response
+//!  audit      whole objects against the remote's checksums
 //!  fill       one interval map of flights per revision
 //!  origin     retries, hedges, stalls, resumes: patience with the remote
 //!  mount · payload · telemetry · strict_s3
@@ -32,6 +33,7 @@
 //!  semantics  RFC 9110, pure
 //! ```
 
+pub mod audit;
 pub mod cli;
 pub mod config;
 pub mod disk;

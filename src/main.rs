@@ -29,6 +29,7 @@ fn main() -> ExitCode {
             Err(error) => refuse(&error, cli::EX_CONFIG),
         },
         Command::Check(args) => cli::check::run(&args),
+        Command::Verify(args) => cli::verify::run(&args),
     }
 }
 

@@ -46,6 +46,8 @@ pub struct Mount {
     pub forbidden: ForbiddenAs,
     /// Attempts after the first, for errors that a retry may mend.
     pub retries: u32,
+    /// Whether revisions that are wholly held are compared with the checksum that the remote has of the object.
+    pub verify: bool,
 }
 
 impl fmt::Debug for Mount {
@@ -193,6 +195,7 @@ mod tests {
                     stale_if_error: Duration::from_mins(5),
                     forbidden: ForbiddenAs::BadGateway,
                     retries: 0,
+                    verify: false,
                 })
                 .collect(),
         )

@@ -5,9 +5,13 @@
 //! the other (ADR 4): an S3 validator reaches a client only through [`Validator::entity_tag`], and
 //! a pin becomes a guard only through [`Validator::from_pin`].
 
+mod checksum;
+
 use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
+
+pub use checksum::{Checksum, ChecksumAlgorithm, ChecksumHasher, Combined, InvalidChecksum};
 
 use crate::semantics::{EntityTag, RepresentationMetadata};
 

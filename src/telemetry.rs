@@ -49,10 +49,18 @@ const REQUESTS: [[&str; 2]; 4] = [
 const TIERS: [[&str; 1]; 4] = [["disk"], ["remote"], ["stale"], ["none"]];
 
 /// Calls of the remote trait that go well.
-const REMOTE_REQUESTS: [[&str; 2]; 3] = [["read", "ok"], ["read_current", "ok"], ["stat", "ok"]];
+const REMOTE_REQUESTS: [[&str; 2]; 4] = [
+    ["read", "ok"],
+    ["read_current", "ok"],
+    ["stat", "ok"],
+    ["checksums", "ok"],
+];
 
 /// Calls of the remote trait.
-const REMOTE_OPS: [[&str; 1]; 3] = [["read"], ["read_current"], ["stat"]];
+const REMOTE_OPS: [[&str; 1]; 4] = [["read"], ["read_current"], ["stat"], ["checksums"]];
+
+/// What comparing a whole revision with the remote's checksum can come to.
+const AUDITS: [[&str; 1]; 5] = [["match"], ["mismatch"], ["none"], ["gone"], ["failed"]];
 
 /// Seconds. A disk hit takes tens of microseconds, S3 30 to 200 ms, a whole snapshot minutes: a
 /// factor of about 3 a bucket from 100 µs on, which is as much as the alerts on them need.
@@ -149,6 +157,7 @@ struct Inner {
     aborted: Family<ReasonLabel, Counter>,
     handovers_failed: Counter,
     takeover: Gauge<f64, AtomicU64>,
+    audits: Children<OutcomeLabel, Counter>,
 }
 
 impl Metrics {
@@ -292,6 +301,12 @@ impl Metrics {
         self.0.takeover.set(without_writer.as_secs_f64());
     }
 
+    /// A wholly held revision was to be compared with the remote's checksum of the object: match, mismatch (it was
+    /// dropped), none (the remote has none), gone (the object is at another revision) or failed (tried again later).
+    pub fn audited(&self, outcome: &'static str) {
+        self.0.audits.with([outcome], Counter::inc);
+    }
+
     /// Everything, in the format of [`Metrics::CONTENT_TYPE`]. The disk tier counts for itself, so its
     /// numbers are handed in at each scrape; `None`: there is no disk tier (yet).
     #[expect(clippy::missing_panics_doc, reason = "writing to a String cannot fail")]
@@ -351,6 +366,7 @@ impl Default for Inner {
             aborted: Family::default(),
             handovers_failed: Counter::default(),
             takeover: Gauge::default(),
+            audits: Children::new(&AUDITS),
         };
         inner.registered()
     }
@@ -453,6 +469,11 @@ impl Inner {
             "followers",
             "Responses that send behind the cursor of a fill",
             self.followers.clone(),
+        );
+        registry.register(
+            "audits",
+            "Wholly held revisions compared with the checksum that S3 has of them, by outcome",
+            self.audits.family.clone(),
         );
         self
     }
@@ -576,6 +597,28 @@ fn disk_registry(stats: &DiskStats) -> Registry {
         "degraded",
         "1 while writes are refused because of disk trouble",
         ConstGauge::new(u64::from(stats.degraded)),
+    );
+    registry.register_with_unit(
+        "scrubbed",
+        "Bytes read to be compared with their checksums",
+        Unit::Bytes,
+        ConstCounter::new(stats.scrubbed_bytes),
+    );
+    registry.register(
+        "scrubbed_segments",
+        "Segments of which every block was compared with its checksum",
+        ConstCounter::new(stats.scrubbed_segments),
+    );
+    registry.register(
+        "corrupt_blocks",
+        "Blocks that did not have their checksum; their files were dropped",
+        ConstCounter::new(stats.corrupt_blocks),
+    );
+    registry.register_with_unit(
+        "oldest_verified",
+        "How long ago the held segment that waits longest was verified",
+        Unit::Seconds,
+        ConstGauge::new(stats.oldest_verified.as_secs()),
     );
     registry
 }
@@ -797,6 +840,7 @@ mod tests {
             },
             sweeping: true,
             degraded: true,
+            ..DiskStats::default()
         };
         let samples = parse(&metrics.encode(Some(&stats)));
         for (series, value) in [
@@ -887,6 +931,30 @@ mod tests {
                 Some(value),
                 "{series} in {samples:#?}"
             );
+        }
+    }
+
+    #[test]
+    fn what_looks_for_rot_can_be_scraped() {
+        let metrics = Metrics::default();
+        metrics.audited("match");
+        let stats = DiskStats {
+            scrubbed_bytes: 8,
+            scrubbed_segments: 9,
+            corrupt_blocks: 11,
+            oldest_verified: Duration::from_millis(12_900),
+            ..DiskStats::default()
+        };
+        let samples = parse(&metrics.encode(Some(&stats)));
+        for (series, value) in [
+            ("pinrange_disk_scrubbed_bytes_total", "8"),
+            ("pinrange_disk_scrubbed_segments_total", "9"),
+            ("pinrange_disk_corrupt_blocks_total", "11"),
+            ("pinrange_disk_oldest_verified_seconds", "12"),
+            ("pinrange_audits_total{outcome=\"match\"}", "1"),
+            ("pinrange_audits_total{outcome=\"mismatch\"}", "0"),
+        ] {
+            assert_eq!(samples[series], value, "{series}");
         }
     }
 

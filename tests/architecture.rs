@@ -16,7 +16,7 @@ const LAYERS: &[&[&str]] = &[
     &["payload", "telemetry", "mount", "strict_s3"],
     &["origin"],
     &["fill"],
-    &["tiers"],
+    &["tiers", "audit"],
     &["config"],
     &["server", "cli"],
 ];

@@ -70,7 +70,7 @@ fn unknown_keys_are_named_with_line_and_column() {
             "secret_access_key = \"hush\"\n",
             "pinrange.toml:4:1: unknown key `secret_access_key`, expected one of `path`, `bucket`, \
              `prefix`, `endpoint`, `region`, `path_style`, `fresh_for`, `stale_if_error`, \
-             `forbidden`, `connect_timeout`, `first_byte_timeout`, `stall_timeout`, `retries`; \
+             `forbidden`, `connect_timeout`, `first_byte_timeout`, `stall_timeout`, `retries`, `verify`; \
              credentials come from the standard AWS chain only (environment, profile, instance \
              role), never from this file",
         ),
@@ -540,7 +540,7 @@ fn variable_errors_name_the_variable() {
             "PINRANGE_CACHE__SIZE",
             "1",
             "no key \"size\" in [cache]; there are dir, capacity, min_free, block_size, part_size, \
-             fill_budget, fan_out",
+             fill_budget, fan_out, scrub_rate",
         ),
         (
             "PINRANGE_SERVR__LISTEN",

@@ -865,3 +865,78 @@ async fn child_with_an_environment_of_its_own() {
         other => panic!("not run by its parent: {other:?}"),
     }
 }
+
+/// The checksums that a driver takes from a HEAD with these fields.
+async fn checksums(fields: &str) -> Result<Vec<String>, RemoteError> {
+    let head = format!("HTTP/1.1 200 OK\r\nETag: \"a\"\r\nContent-Length: 9\r\n{fields}\r\n");
+    let wire = Wire::start(vec![vec![Step::send(head)]]).await;
+    let told = connect(&wire).await.checksums(&guard()).await;
+    let requests = wire.requests();
+    assert_eq!(requests.len(), 1);
+    let request = &requests[0];
+    for part in ["head /", "if-match: \"a\"", "x-amz-checksum-mode: enabled"] {
+        assert!(request.contains(part), "no {part} in {request}");
+    }
+    told.map(|told| told.iter().map(ToString::to_string).collect())
+}
+
+#[tokio::test]
+async fn checksums_of_the_full_object_are_told_from_others() {
+    let crc64 = "x-amz-checksum-crc64nvme: rosUhgp5mIg=\r\n";
+    let crc32c = "x-amz-checksum-crc32c: 4waSgw==\r\n";
+    let full = "x-amz-checksum-type: FULL_OBJECT\r\n";
+    let told = async |fields: String| checksums(&fields).await.expect("a good answer");
+    assert_eq!(
+        told(format!("{crc64}{full}")).await,
+        ["CRC64NVME:rosUhgp5mIg="]
+    );
+    assert_eq!(
+        told(format!("{crc32c}{crc64}")).await,
+        ["CRC64NVME:rosUhgp5mIg=", "CRC32C:4waSgw=="],
+        "without a type, in one piece"
+    );
+    let none: [&str; 0] = [];
+    assert_eq!(told(String::new()).await, none);
+    for fields in [
+        "x-amz-checksum-crc32c: 4waSgw==-2\r\n".to_owned(),
+        format!("{crc32c}x-amz-checksum-type: COMPOSITE\r\n"),
+        format!("x-amz-checksum-crc32c: nonsense\r\n{full}"),
+        format!("x-amz-checksum-crc32: rosUhgp5mIg=\r\n{full}"),
+    ] {
+        assert_eq!(told(fields.clone()).await, none, "{fields}");
+    }
+
+    let parts = format!("HTTP/1.1 200 OK\r\nETag: \"a-2\"\r\nContent-Length: 9\r\n{crc32c}\r\n");
+    let wire = Wire::start(vec![vec![Step::send(parts)]]).await;
+    let of_parts = Guard {
+        validator: Validator::from_etag_field("\"a-2\"").expect("a strong tag"),
+        ..guard()
+    };
+    let told = connect(&wire).await.checksums(&of_parts).await;
+    assert!(
+        told.expect("a good answer").is_empty(),
+        "of an unknown type, in parts"
+    );
+
+    let other = "HTTP/1.1 200 OK\r\nETag: \"b\"\r\nContent-Length: 9\r\n\r\n";
+    let wire = Wire::start(vec![vec![Step::send(other)]]).await;
+    let error = connect(&wire).await.checksums(&guard()).await;
+    assert_eq!(
+        error.expect_err("another revision").kind,
+        RemoteErrorKind::Protocol
+    );
+}
+
+#[tokio::test]
+async fn checksums_of_a_version_that_is_gone_are_asked_without_it() {
+    let good = "HTTP/1.1 200 OK\r\nETag: \"a\"\r\nContent-Length: 9\r\n\
+                x-amz-checksum-crc32c: 4waSgw==\r\n\r\n";
+    let gone = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n";
+    let wire = Wire::start(vec![vec![Step::send(gone)], vec![Step::send(good)]]).await;
+    let told = connect(&wire).await.checksums(&versioned()).await;
+    assert_eq!(told.expect("a good answer").len(), 1);
+    let requests = wire.requests();
+    assert_eq!(requests.len(), 2, "{requests:#?}");
+    assert!(requests[0].contains("versionid=v1"), "{requests:#?}");
+    assert!(!requests[1].contains("versionid"), "{requests:#?}");
+}

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use aws_sdk_s3::config::{BehaviorVersion, Credentials as SdkCredentials, Region};
 use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::primitives::ByteStream;
-use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
+use aws_sdk_s3::types::{ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use pinrange::strict_s3::{
     Credentials, Effect, Fault, Mutation, Op, Options, PutOptions, StrictS3,
@@ -1245,4 +1247,150 @@ mod directory {
             .collect();
         assert_eq!(left, ["dir"], "directories stay, nothing else does");
     }
+}
+
+/// What a whole read says of the checksum: algorithm, value, type.
+async fn told(server: &StrictS3, key: &str) -> Vec<(String, String)> {
+    let mode = [("x-amz-checksum-mode", "ENABLED")];
+    let head = raw(server, "HEAD", &format!("/bkt/{key}"), &mode).await;
+    assert_eq!(head.status, 200);
+    let mut told: Vec<_> = head
+        .fields
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.strip_prefix("x-amz-checksum-")?.to_owned(), value)))
+        .collect();
+    told.sort();
+    told
+}
+
+fn pairs<const N: usize>(pairs: [(&str, &str); N]) -> Vec<(String, String)> {
+    pairs.map(|(a, b)| (a.to_owned(), b.to_owned())).into()
+}
+
+/// The values are those that the catalogue of CRCs and `sha256sum` have for `123456789`.
+#[tokio::test]
+async fn checksums_are_stored_compared_and_told_of_whole_objects() {
+    let server = start().await;
+    let crc64 = pairs([("crc64nvme", "rosUhgp5mIg="), ("type", "FULL_OBJECT")]);
+    server
+        .put("bkt", "within", &b"123456789"[..], PutOptions::default())
+        .unwrap();
+    assert_eq!(told(&server, "within").await, crc64);
+    let plain = raw_with_body(&server, "PUT", "/bkt/plain", &[], b"123456789").await;
+    assert_eq!(plain.status, 200);
+    assert_eq!(told(&server, "plain").await, crc64);
+
+    let right = [("x-amz-checksum-crc32c", "4waSgw==")];
+    let put = raw_with_body(&server, "PUT", "/bkt/crc32c", &right, b"123456789").await;
+    assert_eq!(put.status, 200, "{}", put.text());
+    assert_eq!(
+        told(&server, "crc32c").await,
+        pairs([("crc32c", "4waSgw=="), ("type", "FULL_OBJECT")]),
+        "that of the uploader in place of S3's own"
+    );
+    let put = raw_with_body(&server, "PUT", "/bkt/wrong", &right, b"123456780").await;
+    assert_eq!(put.status, 400);
+    assert!(put.text().contains("BadDigest"), "{}", put.text());
+    assert_eq!(raw(&server, "HEAD", "/bkt/wrong", &[]).await.status, 404);
+
+    // Not unasked, and not for a range.
+    let mode = ("x-amz-checksum-mode", "ENABLED");
+    let whole = raw(&server, "GET", "/bkt/plain", &[mode]).await;
+    assert_eq!(
+        whole.field("x-amz-checksum-crc64nvme"),
+        Some("rosUhgp5mIg=")
+    );
+    for fields in [&[][..], &[mode, ("range", "bytes=0-3")]] {
+        let answer = raw(&server, "GET", "/bkt/plain", fields).await;
+        assert_eq!(answer.field("x-amz-checksum-crc64nvme"), None, "{fields:?}");
+    }
+
+    // As an SDK sends it, in front of the body or behind it.
+    let put = sdk(&server, "any").put_object().bucket("bkt").key("sdk");
+    put.checksum_algorithm(ChecksumAlgorithm::Sha256)
+        .body(ByteStream::from_static(b"123456789"))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(
+        told(&server, "sdk").await,
+        pairs([
+            ("sha256", "FeKw08M4keuw8e9gnsQZQgwg4yDOlMZfvIwzEkSOsiU="),
+            ("type", "FULL_OBJECT")
+        ])
+    );
+}
+
+#[tokio::test]
+async fn an_object_of_parts_has_a_checksum_of_its_parts_or_of_the_whole() {
+    let server = start().await;
+    let client = sdk(&server, "any");
+    let parts = [pattern(5 << 20), b"123456789".to_vec()];
+    let whole = parts.concat();
+    for (algorithm, kind) in [
+        (None, "FULL_OBJECT"),
+        (Some(ChecksumAlgorithm::Crc64Nvme), "FULL_OBJECT"),
+        (Some(ChecksumAlgorithm::Crc32C), "COMPOSITE"),
+        (Some(ChecksumAlgorithm::Sha256), "COMPOSITE"),
+    ] {
+        let upload = client
+            .create_multipart_upload()
+            .bucket("bkt")
+            .key("parts")
+            .set_checksum_algorithm(algorithm.clone())
+            .send()
+            .await
+            .unwrap();
+        let id = upload.upload_id().unwrap();
+        let mut done = CompletedMultipartUpload::builder();
+        for (number, bytes) in (1..).zip(&parts) {
+            let part = client
+                .upload_part()
+                .bucket("bkt")
+                .key("parts")
+                .upload_id(id)
+                .part_number(number)
+                .body(bytes.clone().into())
+                .send()
+                .await
+                .unwrap();
+            let part = CompletedPart::builder()
+                .part_number(number)
+                .e_tag(part.e_tag().unwrap());
+            done = done.parts(part.build());
+        }
+        client
+            .complete_multipart_upload()
+            .bucket("bkt")
+            .key("parts")
+            .upload_id(id)
+            .multipart_upload(done.build())
+            .send()
+            .await
+            .unwrap();
+        let told = told(&server, "parts").await;
+        assert_eq!(
+            told[1],
+            ("type".to_owned(), kind.to_owned()),
+            "{algorithm:?}"
+        );
+        let (name, value) = &told[0];
+        if kind == "FULL_OBJECT" {
+            assert_eq!(name, "crc64nvme");
+            let sum = crc_fast::crc64_nvme(&whole).to_be_bytes();
+            assert_eq!(*value, BASE64_STANDARD.encode(sum));
+        } else {
+            assert!(value.ends_with("=-2"), "{value}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_byte_is_flipped_on_its_way() {
+    let server = start().await;
+    put(&server, b"hello");
+    server.script(Fault::new(Effect::FlipByte { at: 1 }).on(Op::Get));
+    let path = format!("/bkt/{KEY}");
+    assert_eq!(raw(&server, "GET", &path, &[]).await.body, b"h\x9allo");
+    assert_eq!(raw(&server, "GET", &path, &[]).await.body, b"hello");
 }

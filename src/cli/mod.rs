@@ -9,6 +9,7 @@ pub mod check;
 pub mod demo;
 pub mod get;
 pub mod serve;
+pub mod verify;
 
 use std::path::PathBuf;
 
@@ -18,6 +19,15 @@ use crate::config::{Config, ConfigError, Flags};
 
 /// The command line was wrong (`sysexits.h`).
 pub const EX_USAGE: u8 = 64;
+
+/// What was to be read is not as it was written (`sysexits.h`).
+pub const EX_DATAERR: u8 = 65;
+
+/// There is nothing to read (`sysexits.h`).
+pub const EX_NOINPUT: u8 = 66;
+
+/// Another process has the cache directory (`sysexits.h`).
+pub const EX_TEMPFAIL: u8 = 75;
 
 /// The cache or output directory cannot be used (`sysexits.h`).
 pub const EX_CANTCREAT: u8 = 73;
@@ -74,6 +84,16 @@ pub enum Command {
     /// included, and exits 0; or prints what is wrong as FILE:LINE:COL, one problem a line, and
     /// exits 2.
     Check(check::CheckArgs),
+    /// Read everything in the cache directory and compare it with its checksums
+    ///
+    /// For a replica that is stopped: the directory is locked while it is read. A running one scrubs
+    /// by itself, and at once on POST /scrub of its admin listener. Nothing is changed without
+    /// --repair, which drops what is bad, so that it is fetched again. No connection is opened.
+    ///
+    /// Exit codes: 0 everything is as it was written, or what was not is dropped (--repair); 65
+    /// something is not; 66 there is no cache; 75 a replica has the directory; 78 the configuration
+    /// is wrong.
+    Verify(verify::VerifyArgs),
 }
 
 /// Where the configuration file is.

@@ -281,6 +281,13 @@ impl Checker<'_> {
             ),
             fill_budget: read!(self, "cache", raw.fill_budget, default.fill_budget, &sizes),
             fan_out: read!(self, "cache", raw.fan_out, default.fan_out, number(1..=64)),
+            scrub_rate: read!(
+                self,
+                "cache",
+                raw.scrub_rate,
+                default.scrub_rate,
+                size(0..=u64::MAX)
+            ),
         };
         let (block, part) = (cache.block_size, cache.part_size);
         let sizes = [
@@ -380,6 +387,7 @@ impl Checker<'_> {
                 timeout
             ),
             retries: read!(self, "mount", raw.retries, default.retries, number(0..=10)),
+            verify: read!(self, "mount", raw.verify, default.verify, boolean),
         };
         if let Some(value) = raw.path.as_ref().filter(|_| !mount.path.is_empty()) {
             let place = self.place(value);

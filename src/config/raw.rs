@@ -135,14 +135,14 @@ section! {
 
 section! {
     /// `[cache]`
-    RawCache { dir, capacity, min_free, block_size, part_size, fill_budget, fan_out }
+    RawCache { dir, capacity, min_free, block_size, part_size, fill_budget, fan_out, scrub_rate }
 }
 
 section! {
     /// One `[[mount]]`
     RawMount {
         path, bucket, prefix, endpoint, region, path_style, fresh_for, stale_if_error, forbidden,
-        connect_timeout, first_byte_timeout, stall_timeout, retries,
+        connect_timeout, first_byte_timeout, stall_timeout, retries, verify,
     }
 }
 

@@ -1,13 +1,16 @@
 //! The catalog: what is on disk, in SQLite.
 //!
 //! Four tables. `objects` remembers what was current for a key; `revisions` names the bytes;
-//! `segments` says which blocks of which file hold them; `checksums` has a CRC32C per block and is
+//! `segments` says which blocks of which file hold them; `checksums` has two CRCs per block and is
 //! apart so that the first touch of a revision reads only bits. `meta` holds the sum of all
 //! segments' bytes, kept by triggers, so that a start reads one row however much is held.
 //!
 //! There is one connection behind one lock, and [`super::tier`] holds that lock from a read of the
 //! catalog until memory agrees with it. That is what makes loads, admissions, evictions and purges
 //! take turns; nothing on the warm path needs it.
+//!
+//! What is said of bytes can rot like the bytes. So a row of `segments` bears a *seal*, a CRC over all
+//! of it that decides which bytes are served for what: one that does not fit its seal is not found (ADR 13).
 //!
 //! Durability (ADR 8): WAL, `synchronous=NORMAL`. A power loss keeps a *prefix* of the
 //! transactions. Purges, flushes and the orderly shutdown commit with `synchronous=FULL`.
@@ -18,13 +21,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crc_fast::{CrcAlgorithm, Digest};
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, params};
 
-use super::coverage::Coverage;
+use super::coverage::{Coverage, Geometry};
 use super::durability::{KernelSync, Syncer};
 use super::failpoint::{self, Step};
-use super::{CurrentRecord, DiskError, PurgeTarget};
+use super::sums::{BlockSum, SegmentSums};
+use super::{CurrentRecord, DiskError, PurgeTarget, Whole};
 use crate::object::{ObjectKey, Representation, Revision, Validator};
 
 /// Migrations in order; `user_version` is how many were applied. Append only.
@@ -76,6 +81,15 @@ END;
 CREATE TRIGGER objects_delete AFTER DELETE ON objects BEGIN
     UPDATE meta SET value = value - 1 WHERE name = 'objects';
 END;
+", "
+-- Milliseconds since 1970 at which the whole file was last compared with its checksums, or was begun.
+ALTER TABLE segments ADD COLUMN verified INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX segments_by_verified ON segments (verified);
+-- See `seal`; NULL: recorded by an earlier version.
+ALTER TABLE segments ADD COLUMN seal INTEGER;
+ALTER TABLE checksums ADD COLUMN crc64s BLOB;
+-- The whole object's checksum that the remote said and the bytes had, or 'none': it has none. NULL: not compared yet.
+ALTER TABLE revisions ADD COLUMN whole TEXT;
 "];
 
 /// Most rows of `objects`. They are small (about 300 bytes) and worth something only while the
@@ -91,7 +105,7 @@ const CHECKPOINT_BLOCKS: usize = 2048;
 /// How long a connection waits for another one of this process. Only a checkpoint can be in the way, and briefly.
 const BUSY: Duration = Duration::from_secs(5);
 
-const FILE: &str = "catalog.sqlite";
+pub(super) const FILE: &str = "catalog.sqlite";
 
 /// What SQLite keeps beside it.
 const LOGS: [&str; 2] = ["-wal", "-shm"];
@@ -119,6 +133,16 @@ pub(super) struct StoredRevision {
     pub(super) segment_size: u64,
     pub(super) block_size: u64,
     pub(super) segments: Vec<StoredSegment>,
+}
+
+impl StoredRevision {
+    pub(super) fn geometry(&self) -> Geometry {
+        Geometry {
+            size: self.representation.size,
+            block_size: self.block_size,
+            segment_size: self.segment_size,
+        }
+    }
 }
 
 /// A stretch of `revisions` that was searched for some of which no byte is held.
@@ -154,8 +178,7 @@ pub(super) struct SegmentCommit {
     pub(super) blocks: u32,
     pub(super) bytes: u64,
     pub(super) last_used: u64,
-    /// Block and CRC32C.
-    pub(super) covered: Vec<(u32, u32)>,
+    pub(super) covered: Vec<(u32, BlockSum)>,
 }
 
 /// One write-behind transaction.
@@ -170,6 +193,33 @@ pub(super) struct Batch {
     pub(super) current: Vec<(ObjectKey, Option<CurrentRecord>)>,
     /// Revisions that memory forgot: not kept if no byte of them is.
     pub(super) forgotten: Vec<i64>,
+}
+
+/// A segment as it is to be verified.
+#[derive(Debug)]
+pub(super) struct ScrubRow {
+    pub(super) id: SegmentId,
+    pub(super) revision: Revision,
+    pub(super) geometry: Geometry,
+    /// `None`: they do not fit the geometry.
+    pub(super) covered: Option<Coverage>,
+    /// `None`: there are none.
+    pub(super) sums: Option<SegmentSums>,
+    /// Whether the row is as it was written.
+    pub(super) sealed: bool,
+    /// Milliseconds since 1970.
+    pub(super) verified: u64,
+    /// Nothing is known yet of the checksum of the whole revision.
+    pub(super) unaudited: bool,
+}
+
+/// In which order segments are verified.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum ScrubOrder {
+    /// The one that was verified longest ago.
+    Oldest,
+    /// The one after this, in the order of their names; `None`: the first.
+    After(Option<SegmentId>),
 }
 
 /// What a purge deleted.
@@ -351,6 +401,50 @@ impl Db {
         })
     }
 
+    /// Opens `dir`'s catalog without beginning a run, and without setting it aside whatever its state.
+    pub(super) fn open_as_it_is(dir: &Path) -> Result<Self, DiskError> {
+        let path = dir.join(FILE);
+        let connection = connect(dir).map_err(|refused| {
+            let what = match refused {
+                Refused::Newer(version) => {
+                    format!("it has schema version {version}, which is newer than this program")
+                }
+                Refused::Sqlite(error) => error.to_string(),
+            };
+            DiskError::Catalog(format!(
+                "{}: {what}; the next start sets it aside and begins an empty cache",
+                path.display()
+            ))
+        })?;
+        let mut db = Self {
+            connection,
+            run: 0,
+            dir: dir.to_owned(),
+        };
+        db.run = db.read(|connection| meta(connection, "run"))?;
+        Ok(db)
+    }
+
+    /// What SQLite finds wrong with its file. Reads all of it.
+    pub(super) fn damage(&self) -> Result<Option<String>, DiskError> {
+        let checked = self
+            .connection
+            .query_row("PRAGMA quick_check(1)", [], |row| row.get::<_, String>(0));
+        match checked {
+            Ok(verdict) if verdict == "ok" => Ok(None),
+            Ok(verdict) => Ok(Some(verdict)),
+            Err(error) if is_damage(&error) => Ok(Some(error.to_string())),
+            Err(error) => Err(catalog_error(&error)),
+        }
+    }
+
+    /// The next start sets the catalog aside.
+    pub(super) fn condemn(&self) -> Result<(), DiskError> {
+        let damaged = self.dir.join(DAMAGED);
+        fs::write(&damaged, "found damaged by a check\n")
+            .map_err(|error| DiskError::io("write", &damaged, error))
+    }
+
     fn begin_run(&mut self) -> Result<Start, DiskError> {
         self.write(Commit::Ordered, |tx| {
             if meta(tx, "clean")? == 0 {
@@ -436,6 +530,7 @@ impl Db {
             if let Some(mut stored) = find(tx, &revision)? {
                 if stored.block_size == block_size
                     && stored.representation.size == representation.size
+                    && stored.geometry().is_sound()
                 {
                     if stored.representation != *representation {
                         update_representation(tx, stored.id, representation)?;
@@ -487,16 +582,7 @@ impl Db {
             }
             touch(tx, &batch.touched)?;
             for id in &batch.verified {
-                tx.prepare_cached(
-                    "UPDATE segments SET run = ?4
-                     WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
-                )?
-                .execute(params![
-                    id.revision,
-                    signed(id.idx),
-                    blob(id.incarnation),
-                    run
-                ])?;
+                stamp_verified(tx, id, run)?;
             }
             for (id, representation) in &batch.representations {
                 update_representation(tx, *id, representation)?;
@@ -560,7 +646,7 @@ impl Db {
                         },
                         bytes: unsigned(row.get(3)?),
                         last_used: unsigned(row.get(4)?),
-                        revision: revision(row, 5)?,
+                        revision: revision_at(row, 5)?,
                     })
                 })?
                 .collect()
@@ -607,7 +693,7 @@ impl Db {
         self.read(|connection| {
             connection
                 .prepare_cached("SELECT store, key, validator FROM revisions WHERE id = ?1")?
-                .query_row([id], |row| revision(row, 0))
+                .query_row([id], |row| revision_at(row, 0))
                 .optional()
         })
     }
@@ -654,16 +740,78 @@ impl Db {
         })
     }
 
-    /// The CRC32C of each block; those of absent blocks mean nothing.
-    pub(super) fn checksums(&self, incarnation: u128) -> Result<Option<Vec<u32>>, DiskError> {
+    /// The checksums of a file's blocks.
+    pub(super) fn sums(&self, incarnation: u128) -> Result<Option<SegmentSums>, DiskError> {
+        self.read(|connection| sums(connection, incarnation))
+    }
+
+    /// The next segment to verify.
+    pub(super) fn next_to_scrub(&self, order: ScrubOrder) -> Result<Option<ScrubRow>, DiskError> {
+        self.read(|connection| next_to_scrub(connection, order))
+    }
+
+    /// Every block of the segment is on the disk as it was written.
+    pub(super) fn scrubbed(&mut self, id: &SegmentId) -> Result<(), DiskError> {
+        let run = self.run;
+        self.write(Commit::Ordered, |tx| stamp_verified(tx, id, run))
+    }
+
+    /// Segments, and the bytes in them. Looks at every row.
+    pub(super) fn totals(&self) -> Result<(u64, u64), DiskError> {
+        self.read(|connection| {
+            connection.query_row(
+                "SELECT count(*), coalesce(sum(bytes), 0) FROM segments",
+                [],
+                |row| Ok((unsigned(row.get(0)?), unsigned(row.get(1)?))),
+            )
+        })
+    }
+
+    /// What is known of the checksum of the whole revision; `None`: not compared yet.
+    pub(super) fn whole(&self, revision: i64) -> Result<Option<Whole>, DiskError> {
+        self.read(|connection| {
+            let whole: Option<Option<String>> = connection
+                .prepare_cached("SELECT whole FROM revisions WHERE id = ?1")?
+                .query_row([revision], |row| row.get(0))
+                .optional()?;
+            // One that cannot be read is asked for again.
+            Ok(whole.flatten().and_then(|text| Whole::from_text(&text)))
+        })
+    }
+
+    /// Records what is known of the checksum of the whole revision.
+    pub(super) fn set_whole(&mut self, revision: i64, whole: &Whole) -> Result<(), DiskError> {
+        self.write(Commit::Ordered, |tx| {
+            tx.prepare_cached("UPDATE revisions SET whole = ?2 WHERE id = ?1")?
+                .execute(params![revision, whole.to_text()])?;
+            Ok(())
+        })
+    }
+
+    /// The first revision after the one of this id of which the checksum of the whole is known.
+    pub(super) fn next_with_whole(&self, after: i64) -> Result<Option<(i64, Revision)>, DiskError> {
         self.read(|connection| {
             connection
-                .prepare_cached("SELECT crcs FROM checksums WHERE incarnation = ?1")?
-                .query_row(params![blob(incarnation)], |row| {
-                    let bytes: Vec<u8> = row.get(0)?;
-                    Ok(words(&bytes))
-                })
+                .prepare_cached(
+                    "SELECT id, store, key, validator FROM revisions
+                     WHERE id > ?1 AND whole IS NOT NULL AND whole <> 'none' ORDER BY id LIMIT 1",
+                )?
+                .query_row([after], |row| Ok((row.get(0)?, revision_at(row, 1)?)))
                 .optional()
+        })
+    }
+
+    /// Deletes one revision, durably: its bytes are not what they are said to be. Returns its files and their bytes.
+    pub(super) fn delete_revision(&mut self, revision: i64) -> Result<Vec<(u128, u64)>, DiskError> {
+        self.write(Commit::Durable, |tx| {
+            let files = tx
+                .prepare_cached("SELECT incarnation, bytes FROM segments WHERE revision = ?1")?
+                .query_map([revision], |row| {
+                    Ok((incarnation(row, 0)?, unsigned(row.get(1)?)))
+                })?
+                .collect::<rusqlite::Result<_>>()?;
+            tx.execute("DELETE FROM revisions WHERE id = ?1", [revision])?;
+            Ok(files)
         })
     }
 }
@@ -734,7 +882,7 @@ impl Reader {
                 let id = row.get(1)?;
                 last = Some(id);
                 if row.get(0)? {
-                    bare.push((id, revision(row, 2)?));
+                    bare.push((id, revision_at(row, 2)?));
                 }
             }
             Ok(last.map(|last| Searched { last, bare }))
@@ -907,6 +1055,7 @@ fn is_damage(error: &rusqlite::Error) -> bool {
         // A table, row or value that our schema cannot lack.
         rusqlite::Error::QueryReturnedNoRows
             | rusqlite::Error::FromSqlConversionFailure(..)
+            | rusqlite::Error::Utf8Error(..)
             | rusqlite::Error::InvalidColumnType(..)
     )
 }
@@ -959,33 +1108,218 @@ fn find(connection: &Connection, revision: &Revision) -> rusqlite::Result<Option
     let Some(mut stored) = stored else {
         return Ok(None);
     };
-    stored.segments = connection
+    let named = Named {
+        revision,
+        size: stored.representation.size,
+        segment_size: stored.segment_size,
+        block_size: stored.block_size,
+    };
+    let rows: Vec<(StoredSegment, Option<i64>)> = connection
         .prepare_cached(
-            "SELECT idx, incarnation, run, bits, bytes, last_used FROM segments
+            "SELECT idx, incarnation, run, bits, bytes, last_used, seal FROM segments
              WHERE revision = ?1 ORDER BY idx",
         )?
         .query_map([stored.id], |row| {
-            Ok(StoredSegment {
+            let segment = StoredSegment {
                 idx: unsigned(row.get(0)?),
                 incarnation: incarnation(row, 1)?,
                 run: row.get(2)?,
                 bits: row.get(3)?,
                 bytes: unsigned(row.get(4)?),
                 last_used: unsigned(row.get(5)?),
-            })
+            };
+            Ok((segment, row.get(6)?))
         })?
         .collect::<rusqlite::Result<_>>()?;
+    for (row, sealed) in rows {
+        let expected = named.seal(row.idx, row.incarnation, row.run, &row.bits);
+        if sealed.is_none_or(|seal| seal == expected) {
+            stored.segments.push(row);
+        } else {
+            // The scrubber removes it; until then it is not found.
+            tracing::error!(
+                key = ?revision.key, file = format_args!("{:032x}.seg", row.incarnation),
+                "the catalog's row of a segment is not as it was written: its bytes are fetched again"
+            );
+        }
+    }
     Ok(Some(stored))
+}
+
+/// What the seal of a segment says of its revision: everything that decides for which request, and where in its
+/// answer, the bytes are sent.
+struct Named<'a> {
+    revision: &'a Revision,
+    size: u64,
+    segment_size: u64,
+    block_size: u64,
+}
+
+impl Named<'_> {
+    /// A CRC over the row as it should be.
+    fn seal(&self, idx: u64, incarnation: u128, run: i64, bits: &[u8]) -> i64 {
+        let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
+        let key = &self.revision.key;
+        for text in [
+            key.store(),
+            key.key(),
+            self.revision.validator.as_field_value(),
+        ] {
+            digest.update(&(text.len() as u64).to_le_bytes());
+            digest.update(text.as_bytes());
+        }
+        for number in [self.size, self.segment_size, self.block_size, idx] {
+            digest.update(&number.to_le_bytes());
+        }
+        digest.update(&incarnation.to_le_bytes());
+        digest.update(&run.to_le_bytes());
+        digest.update(bits);
+        digest.finalize().cast_signed()
+    }
+}
+
+fn sums(connection: &Connection, incarnation: u128) -> rusqlite::Result<Option<SegmentSums>> {
+    connection
+        .prepare_cached("SELECT crcs, crc64s FROM checksums WHERE incarnation = ?1")?
+        .query_row(params![blob(incarnation)], |row| {
+            let (crc32c, crc64): (Vec<u8>, Option<Vec<u8>>) = (row.get(0)?, row.get(1)?);
+            Ok(SegmentSums::from_bytes(&crc32c, crc64.as_deref()))
+        })
+        .optional()
+}
+
+fn next_to_scrub(connection: &Connection, order: ScrubOrder) -> rusqlite::Result<Option<ScrubRow>> {
+    const COLUMNS: &str = "SELECT s.revision, s.idx, s.incarnation, s.run, s.bits, s.bytes,
+            s.verified, s.seal, r.store, r.key, r.validator, r.size, r.segment_size, r.block_size,
+            r.whole IS NULL
+        FROM segments s JOIN revisions r ON r.id = s.revision";
+    let from_row = |row: &Row<'_>| {
+        let id = SegmentId {
+            revision: row.get(0)?,
+            idx: unsigned(row.get(1)?),
+            incarnation: incarnation(row, 2)?,
+        };
+        let (run, bits): (i64, Vec<u8>) = (row.get(3)?, row.get(4)?);
+        let revision = revision_at(row, 8)?;
+        let geometry = Geometry {
+            size: unsigned(row.get(11)?),
+            segment_size: unsigned(row.get(12)?),
+            block_size: unsigned(row.get(13)?),
+        };
+        let named = Named {
+            revision: &revision,
+            size: geometry.size,
+            segment_size: geometry.segment_size,
+            block_size: geometry.block_size,
+        };
+        let expected = named.seal(id.idx, id.incarnation, run, &bits);
+        let sealed = row
+            .get::<_, Option<i64>>(7)?
+            .is_none_or(|seal| seal == expected);
+        let sound = sealed && geometry.is_sound();
+        Ok(ScrubRow {
+            covered: if sound {
+                Coverage::from_bytes(geometry.blocks_in(id.idx), &bits)
+            } else {
+                None
+            },
+            id,
+            revision,
+            geometry,
+            sums: None,
+            sealed: sound,
+            verified: unsigned(row.get(6)?),
+            unaudited: row.get(14)?,
+        })
+    };
+    let found = match order {
+        ScrubOrder::Oldest => connection
+            .prepare_cached(&format!("{COLUMNS} ORDER BY s.verified LIMIT 1"))?
+            .query_row([], from_row),
+        ScrubOrder::After(None) => connection
+            .prepare_cached(&format!(
+                "{COLUMNS} ORDER BY s.revision, s.idx, s.incarnation LIMIT 1"
+            ))?
+            .query_row([], from_row),
+        ScrubOrder::After(Some(id)) => connection
+            .prepare_cached(&format!(
+                "{COLUMNS} WHERE (s.revision, s.idx, s.incarnation) > (?1, ?2, ?3)
+                 ORDER BY s.revision, s.idx, s.incarnation LIMIT 1"
+            ))?
+            .query_row(
+                params![id.revision, signed(id.idx), blob(id.incarnation)],
+                from_row,
+            ),
+    };
+    let Some(mut row) = found.optional()? else {
+        return Ok(None);
+    };
+    row.sums = sums(connection, row.id.incarnation)?;
+    Ok(Some(row))
+}
+
+/// Stamps a segment that was compared with its checksums: by the present run, now. One whose row is not as
+/// it was written is left as it is.
+fn stamp_verified(tx: &Transaction<'_>, id: &SegmentId, run: i64) -> rusqlite::Result<()> {
+    let name = params![id.revision, signed(id.idx), blob(id.incarnation)];
+    let found = tx
+        .prepare_cached(
+            "SELECT s.run, s.bits, s.seal, r.store, r.key, r.validator, r.size, r.segment_size,
+                r.block_size
+             FROM segments s JOIN revisions r ON r.id = s.revision
+             WHERE s.revision = ?1 AND s.idx = ?2 AND s.incarnation = ?3",
+        )?
+        .query_row(name, |row| {
+            let revision = revision_at(row, 3)?;
+            let named = Named {
+                revision: &revision,
+                size: unsigned(row.get(6)?),
+                segment_size: unsigned(row.get(7)?),
+                block_size: unsigned(row.get(8)?),
+            };
+            let bits: Vec<u8> = row.get(1)?;
+            let before = named.seal(id.idx, id.incarnation, row.get(0)?, &bits);
+            let sealed: Option<i64> = row.get(2)?;
+            let now = named.seal(id.idx, id.incarnation, run, &bits);
+            Ok(sealed.is_none_or(|seal| seal == before).then_some(now))
+        })
+        .optional()?;
+    if let Some(seal) = found.flatten() {
+        tx.prepare_cached(
+            "UPDATE segments SET run = ?4, seal = ?5, verified = ?6
+             WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
+        )?
+        .execute(params![
+            id.revision,
+            signed(id.idx),
+            blob(id.incarnation),
+            run,
+            seal,
+            signed(millis(SystemTime::now())),
+        ])?;
+    }
+    Ok(())
 }
 
 fn commit_segment(tx: &Transaction<'_>, commit: &SegmentCommit, run: i64) -> rusqlite::Result<()> {
     let id = &commit.id;
-    let alive = tx
-        .prepare_cached("SELECT 1 FROM revisions WHERE id = ?1")?
-        .exists([id.revision])?;
-    if !alive {
+    let revision = tx
+        .prepare_cached(
+            "SELECT store, key, validator, size, segment_size, block_size
+             FROM revisions WHERE id = ?1",
+        )?
+        .query_row([id.revision], |row| {
+            let sizes: [u64; 3] = [
+                unsigned(row.get(3)?),
+                unsigned(row.get(4)?),
+                unsigned(row.get(5)?),
+            ];
+            Ok((revision_at(row, 0)?, sizes))
+        })
+        .optional()?;
+    let Some((revision, [size, segment_size, block_size])) = revision else {
         return Ok(());
-    }
+    };
     let stored: Option<Vec<u8>> = tx
         .prepare_cached(
             "SELECT bits FROM segments WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
@@ -1001,37 +1335,44 @@ fn commit_segment(tx: &Transaction<'_>, commit: &SegmentCommit, run: i64) -> rus
     let mut coverage = stored
         .and_then(|bits| Coverage::from_bytes(commit.blocks, &bits))
         .unwrap_or_else(|| Coverage::empty(commit.blocks));
-    let stored: Option<Vec<u8>> = tx
-        .prepare_cached("SELECT crcs FROM checksums WHERE incarnation = ?1")?
-        .query_row(params![blob(id.incarnation)], |row| row.get(0))
-        .optional()?;
-    let mut crcs = stored.map_or_else(Vec::new, |bytes| words(&bytes));
-    crcs.resize(commit.blocks as usize, 0);
-    for (block, crc) in &commit.covered {
+    let mut sums = sums(tx, id.incarnation)?.unwrap_or_default();
+    sums.record(commit.blocks, &commit.covered);
+    for (block, _) in &commit.covered {
         coverage.insert(*block);
-        crcs[*block as usize] = *crc;
     }
+    let bits = coverage.to_bytes();
+    let named = Named {
+        revision: &revision,
+        size,
+        segment_size,
+        block_size,
+    };
+    let seal = named.seal(id.idx, id.incarnation, run, &bits);
     tx.prepare_cached(
-        "INSERT INTO segments (revision, idx, incarnation, run, bits, bytes, last_used)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+        "INSERT INTO segments
+            (revision, idx, incarnation, run, bits, bytes, last_used, seal, verified)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
          ON CONFLICT DO UPDATE SET
-            bits = excluded.bits, bytes = excluded.bytes, last_used = excluded.last_used",
+            run = excluded.run, bits = excluded.bits, bytes = excluded.bytes,
+            last_used = excluded.last_used, seal = excluded.seal",
     )?
     .execute(params![
         id.revision,
         signed(id.idx),
         blob(id.incarnation),
         run,
-        coverage.to_bytes(),
+        bits,
         signed(commit.bytes),
         signed(commit.last_used),
+        seal,
+        signed(millis(SystemTime::now())),
     ])?;
-    let crcs: Vec<u8> = crcs.iter().flat_map(|crc| crc.to_le_bytes()).collect();
+    let (crc32c, crc64) = sums.to_bytes();
     tx.prepare_cached(
-        "INSERT INTO checksums (incarnation, crcs) VALUES (?1, ?2)
-         ON CONFLICT DO UPDATE SET crcs = excluded.crcs",
+        "INSERT INTO checksums (incarnation, crcs, crc64s) VALUES (?1, ?2, ?3)
+         ON CONFLICT DO UPDATE SET crcs = excluded.crcs, crc64s = excluded.crc64s",
     )?
-    .execute(params![blob(id.incarnation), crcs])?;
+    .execute(params![blob(id.incarnation), crc32c, crc64])?;
     Ok(())
 }
 
@@ -1127,17 +1468,17 @@ fn representation(row: &Row<'_>, at: usize) -> rusqlite::Result<Representation> 
     })
 }
 
+fn validator(row: &Row<'_>, at: usize) -> rusqlite::Result<Validator> {
+    let value: String = row.get(at)?;
+    Validator::from_etag_field(&value).map_err(|error| conversion(at, error))
+}
+
 /// Store, key and validator, from column `at` on.
-fn revision(row: &Row<'_>, at: usize) -> rusqlite::Result<Revision> {
+fn revision_at(row: &Row<'_>, at: usize) -> rusqlite::Result<Revision> {
     Ok(Revision {
         key: ObjectKey::new(row.get::<_, String>(at)?, row.get::<_, String>(at + 1)?),
         validator: validator(row, at + 2)?,
     })
-}
-
-fn validator(row: &Row<'_>, at: usize) -> rusqlite::Result<Validator> {
-    let value: String = row.get(at)?;
-    Validator::from_etag_field(&value).map_err(|error| conversion(at, error))
 }
 
 fn incarnation(row: &Row<'_>, at: usize) -> rusqlite::Result<u128> {
@@ -1159,13 +1500,6 @@ fn blob(incarnation: u128) -> [u8; 16] {
     incarnation.to_be_bytes()
 }
 
-fn words(bytes: &[u8]) -> Vec<u32> {
-    bytes
-        .chunks_exact(4)
-        .map(|word| u32::from_le_bytes(word.try_into().expect("chunks of four")))
-        .collect()
-}
-
 /// Before the epoch counts as the epoch: S3 began in 2006.
 fn seconds(time: SystemTime) -> i64 {
     signed(
@@ -1174,7 +1508,8 @@ fn seconds(time: SystemTime) -> i64 {
     )
 }
 
-fn millis(time: SystemTime) -> u64 {
+/// Milliseconds since 1970.
+pub(super) fn millis(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| {
         u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
     })

@@ -16,6 +16,14 @@ pub(super) struct Geometry {
 }
 
 impl Geometry {
+    /// Whether a revision can be cut up so; one read from a damaged catalog need not be.
+    pub(super) fn is_sound(&self) -> bool {
+        self.block_size.is_power_of_two()
+            && self.segment_size > 0
+            && self.segment_size.is_multiple_of(self.block_size)
+            && u32::try_from(self.segment_size / self.block_size).is_ok()
+    }
+
     /// The segment that `offset` lies in.
     pub(super) fn segment_of(&self, offset: u64) -> u64 {
         offset / self.segment_size
@@ -28,7 +36,7 @@ impl Geometry {
 
     /// Where segment `idx` starts.
     pub(super) fn segment_start(&self, idx: u64) -> u64 {
-        idx * self.segment_size
+        idx.saturating_mul(self.segment_size)
     }
 
     /// Where segment `idx` ends; the last one ends with the revision.

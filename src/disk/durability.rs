@@ -24,6 +24,7 @@ use super::catalog::{Batch, Checkpointer, Commit, SegmentCommit, SegmentId};
 use super::extent::SegmentFile;
 use super::failpoint::Step;
 use super::held::{HeldRevision, SegmentKey};
+use super::sums::BlockSum;
 use super::tier::Shared;
 use super::{CurrentRecord, DiskError};
 use crate::object::{ObjectKey, Representation, Revision};
@@ -66,7 +67,7 @@ pub(super) struct CompletedBlock {
     /// Held so that it is neither closed nor evicted before it is synced.
     pub(super) file: Arc<SegmentFile>,
     pub(super) block: u32,
-    pub(super) crc: u32,
+    pub(super) sum: BlockSum,
     pub(super) len: u64,
 }
 
@@ -283,7 +284,7 @@ struct Grown {
     key: SegmentKey,
     /// With new blocks.
     file: Option<Arc<SegmentFile>>,
-    covered: Vec<(u32, u32)>,
+    covered: Vec<(u32, BlockSum)>,
 }
 
 /// Syncs, then commits.
@@ -343,8 +344,13 @@ fn settle(shared: &Shared, work: Work, commit: Commit) -> Result<(), DiskError> 
     });
     match &result {
         Ok(()) => {
+            let mut grew: HashMap<i64, &HeldRevision> = HashMap::new();
             for (grown, last_used) in recorded {
                 grown.recorded(last_used);
+                grew.insert(grown.held.id, &grown.held);
+            }
+            for held in grew.into_values().filter(|held| held.is_complete()) {
+                shared.completed(held.revision());
             }
         }
         Err(error) => {
@@ -373,7 +379,7 @@ fn by_file(
             .entry((block.held.id, block.key))
             .or_insert_with(|| entry(block.held, block.key));
         grown.file = Some(block.file);
-        grown.covered.push((block.block, block.crc));
+        grown.covered.push((block.block, block.sum));
     }
     for (held, key) in touched {
         files

@@ -18,7 +18,6 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -28,6 +27,7 @@ use super::catalog::{SegmentId, StoredRevision, StoredSegment};
 use super::coverage::{Coverage, Geometry};
 use super::extent::{FileExtent, SegmentFile};
 use super::room::Charge;
+use super::sums::{Buffered, Contents};
 use super::tier::Shared;
 use super::writer::BlockWriter;
 use super::{DiskError, Reservation};
@@ -44,6 +44,8 @@ pub struct HeldRevision {
     doomed: AtomicBool,
     /// Recency, for the cap on revisions in memory.
     touched: AtomicU64,
+    /// See [`HeldRevision::is_complete`].
+    first_gap: AtomicU64,
     pub(super) state: Mutex<State>,
     /// Held by a writer that makes a file, so that parallel writers of one segment share it.
     pub(super) creating: Mutex<()>,
@@ -117,11 +119,7 @@ impl HeldRevision {
         revision: Revision,
         stored: StoredRevision,
     ) -> Arc<Self> {
-        let geometry = Geometry {
-            size: stored.representation.size,
-            block_size: stored.block_size,
-            segment_size: stored.segment_size,
-        };
+        let geometry = stored.geometry();
         let mut state = State {
             representation: Arc::new(stored.representation),
             segments: BTreeMap::new(),
@@ -137,6 +135,7 @@ impl HeldRevision {
             revision,
             doomed: AtomicBool::new(false),
             touched: AtomicU64::new(shared.tick()),
+            first_gap: AtomicU64::new(0),
             state: Mutex::new(state),
             creating: Mutex::new(()),
             me: Weak::clone(me),
@@ -385,25 +384,62 @@ impl HeldRevision {
         covered: &Coverage,
     ) -> io::Result<()> {
         let corrupt = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
-        let crcs = self
+        let sums = self
             .shared
             .catalog
             .lock()
-            .and_then(|db| db.checksums(incarnation))
+            .and_then(|db| db.sums(incarnation))
             .map_err(io::Error::other)?
             .ok_or_else(|| corrupt("it has no checksums".into()))?;
-        let base = self.geometry.segment_start(key.idx);
-        let mut buffer = Vec::new();
-        for block in covered.iter() {
-            let start = self.geometry.blocks_end(key.idx, block) - base;
-            let end = self.geometry.blocks_end(key.idx, block + 1) - base;
-            buffer.resize(usize::try_from(end - start).map_err(io::Error::other)?, 0);
-            file.read_exact_at(&mut buffer, start)?;
-            if crcs.get(block as usize) != Some(&crc_fast::crc32_iscsi(&buffer)) {
-                return Err(corrupt(format!("block {block} does not have its checksum")));
+        let contents = Contents {
+            geometry: self.geometry,
+            idx: key.idx,
+            covered,
+            sums: &sums,
+        };
+        let mut bad = None;
+        contents.check(&mut Buffered::new(file), |block, _, right| {
+            bad = (!right).then_some(block);
+            right
+        })?;
+        match bad {
+            None => Ok(()),
+            Some(block) => Err(corrupt(format!("block {block} does not have its checksum"))),
+        }
+    }
+
+    /// Whether every block is on disk, durable or not. Cheap if asked again and again while it fills up in order.
+    pub(super) fn is_complete(&self) -> bool {
+        let size = self.geometry.size;
+        let state = self.state.lock();
+        // Where the first gap was when last looked. What was evicted before it shows in the second look.
+        let seen = self.first_gap.load(Ordering::Relaxed);
+        for from in [seen, 0] {
+            let Some(rest) = ByteRange::from_bounds(from, size) else {
+                continue;
+            };
+            if let Some(gap) = state.first_absent(self.geometry, rest) {
+                self.first_gap.store(gap, Ordering::Relaxed);
+                return false;
             }
         }
-        Ok(())
+        size > 0
+    }
+
+    /// The file of this name, if it is still one of this revision's.
+    pub(super) fn named(&self, id: &SegmentId) -> Option<SegmentKey> {
+        let mut state = self.state.lock();
+        state
+            .files_mut(id.idx)
+            .find(|(_, segment)| segment.incarnation == id.incarnation)
+            .map(|(key, _)| *key)
+    }
+
+    /// What was recorded of the file is right: its first open need not look again.
+    pub(super) fn trust(&self, key: SegmentKey) {
+        if let Some(segment) = self.state.lock().segments.get_mut(&key) {
+            segment.suspect = false;
+        }
     }
 }
 

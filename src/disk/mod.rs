@@ -22,10 +22,15 @@
 //!    │   └ extent.rs    SegmentFile, FileExtent
 //!    ├ writer.rs    BlockWriter, WriterView: bytes in order into segment files
 //!    ├ durability.rs  the one thread that syncs data, then commits coverage
+//!    ├ scrub.rs     the thread that looks for rot
+//!    │   ├ sums.rs      checksums of blocks
+//!    │   └ direct.rs    reads past the page cache
+//!    ├ whole.rs     checksums of whole revisions
 //!    ├ sweep.rs     the thread that reclaims what an earlier run left over
 //!    ├ catalog.rs   SQLite
 //!    ├ room.rs      the account of bytes: Reservation → Charge
 //!    └ failpoint.rs the steps at which tests take the power away
+//!  offline.rs     the same checks on the directory of a replica that does not run
 //! ```
 //!
 //! **Warm:** [`DiskTier::lookup`] → [`HeldRevision::step`] → [`FileExtent`]: two short locks, no
@@ -39,29 +44,35 @@
 
 mod catalog;
 mod coverage;
+mod direct;
 mod durability;
 mod extent;
 mod failpoint;
 mod held;
+pub mod offline;
 mod room;
+mod scrub;
+mod sums;
 mod sweep;
 #[cfg(test)]
 mod tests;
 mod tier;
+mod whole;
 mod writer;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 pub use extent::{FileExtent, SegmentFile};
 pub use held::{HeldRevision, Step};
 pub use room::Reservation;
 pub use tier::DiskTier;
+pub use whole::Whole;
 pub use writer::{BlockWriter, WriterView};
 
-use crate::object::{ObjectKey, Representation};
+use crate::object::{Checksum, ObjectKey, Representation};
 
 /// Settings of the tier, checked by `config`.
 #[derive(Clone, Debug)]
@@ -75,6 +86,8 @@ pub struct DiskConfig {
     /// Unit of coverage in bytes; a power of two. Revisions stored with another one are not found,
     /// and make room as they are the least recently used.
     pub block_size: u64,
+    /// Bytes per second that the scrubber may read; 0: it does not run.
+    pub scrub_rate: u64,
 }
 
 /// How much of the file system to leave free.
@@ -229,4 +242,40 @@ pub struct DiskStats {
     pub open_files: u64,
     /// Whether writes are being refused for now (disk trouble).
     pub degraded: bool,
+    /// Bytes that were read to be compared with their checksums since the start.
+    pub scrubbed_bytes: u64,
+    /// Segments of which every block was compared since the start.
+    pub scrubbed_segments: u64,
+    /// Blocks that did not have their checksum, since the start.
+    pub corrupt_blocks: u64,
+    /// How long ago the held segment that waits longest was verified; 0 where nothing is held. Looked up once a
+    /// minute at least.
+    pub oldest_verified: Duration,
+}
+
+/// The checksum of a whole revision, as its files have it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "closed: callers tell them apart")]
+pub enum Computed {
+    /// Not every block is held.
+    Incomplete,
+    /// Two files hold different bytes of one block: whatever the checksum, one of them is wrong.
+    Contradiction,
+    /// This.
+    Checksum(Checksum),
+}
+
+/// What a pass of the scrubber found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ScrubReport {
+    /// Segments that were looked at.
+    pub segments: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Blocks that did not have their checksum.
+    pub corrupt_blocks: u64,
+    /// Segments dropped: a block was corrupt, or the file was gone, short or unreadable.
+    pub dropped_segments: u64,
+    /// Segments that went while they were looked at, or could not be for want of descriptors.
+    pub skipped_segments: u64,
 }

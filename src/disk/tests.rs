@@ -26,6 +26,8 @@ use super::*;
 use crate::object::{ObjectKey, Representation, Revision, Validator};
 use crate::semantics::ByteRange;
 
+mod rot;
+
 const BLOCK: u64 = 4096;
 /// 16 segments of 16 KiB, 4 blocks each.
 const CAPACITY: u64 = 256 << 10;
@@ -37,6 +39,7 @@ fn config(dir: &Path) -> DiskConfig {
         capacity: CAPACITY,
         min_free: MinFree::Bytes(0),
         block_size: BLOCK,
+        scrub_rate: 0,
     }
 }
 

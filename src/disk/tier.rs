@@ -27,18 +27,20 @@ use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
-use super::catalog::{Catalog, Checkpointer, Db, SegmentId, Start, StoredRevision};
+use super::catalog::{Catalog, Checkpointer, Db, ScrubRow, SegmentId, Start, StoredRevision};
 use super::durability::{self, KernelSync, Queue, Syncer};
 use super::failpoint::{self, Step};
 use super::held::{HeldRevision, Segment, SegmentKey};
 use super::room::{Reservation, Room};
+use super::scrub::{self, Scrubber};
 use super::sweep::{self, SweptSoFar};
 use super::{
-    CurrentRecord, DiskConfig, DiskError, DiskStats, Lookup, MinFree, PurgeTarget, Purged,
+    Computed, CurrentRecord, DiskConfig, DiskError, DiskStats, Lookup, MinFree, PurgeTarget,
+    Purged, ScrubReport, Whole, whole,
 };
-use crate::object::{ObjectKey, Representation, Revision};
+use crate::object::{ChecksumAlgorithm, ObjectKey, Representation, Revision};
 
 /// Bytes of a segment where the capacity allows it: few enough files for 1 TB (16 thousand), small enough to evict in steps.
 const SEGMENT_SIZE: u64 = 64 << 20;
@@ -55,6 +57,9 @@ const DEGRADED_FOR: Duration = Duration::from_secs(5);
 /// How long a look at the file system's free space is good for; bytes of our own are added up meanwhile.
 const FREE_SPACE_FOR: Duration = Duration::from_secs(1);
 
+/// Completed revisions that wait for their checksum to be compared. Beyond that the next completion counts.
+const COMPLETIONS: usize = 1024;
+
 /// Rows that eviction looks at in one go.
 const CANDIDATES: u32 = 128;
 
@@ -63,6 +68,8 @@ pub struct DiskTier {
     shared: Arc<Shared>,
     worker: Mutex<Option<JoinHandle<()>>>,
     pub(super) sweeper: Mutex<Option<JoinHandle<()>>>,
+    scrub: Mutex<Option<JoinHandle<()>>>,
+    completions: Mutex<Option<mpsc::Receiver<Revision>>>,
 }
 
 /// What the parts of the tier share.
@@ -97,6 +104,8 @@ pub(super) struct Shared {
     evictions: AtomicU64,
     evicted_bytes: AtomicU64,
     quarantines: AtomicU64,
+    pub(super) scrubber: Scrubber,
+    completed: mpsc::Sender<Revision>,
     pub(super) swept: SweptSoFar,
 }
 
@@ -173,6 +182,7 @@ impl DiskTier {
         let checkpointer = Catalog::checkpointer(&dir)?;
         let mut random = File::open("/dev/urandom")
             .map_err(|error| DiskError::io("open", Path::new("/dev/urandom"), error))?;
+        let (completed, completions) = mpsc::channel(COMPLETIONS);
         let shared = Arc::new(Shared {
             min_free: config.min_free,
             block_size: config.block_size,
@@ -202,6 +212,8 @@ impl DiskTier {
             evictions: AtomicU64::new(0),
             evicted_bytes: AtomicU64::new(0),
             quarantines: AtomicU64::new(0),
+            scrubber: Scrubber::new(config.scrub_rate),
+            completed,
             swept: SweptSoFar::default(),
             dir,
         });
@@ -209,6 +221,8 @@ impl DiskTier {
             shared,
             worker: Mutex::new(None),
             sweeper: Mutex::new(None),
+            scrub: Mutex::new(None),
+            completions: Mutex::new(Some(completions)),
         };
         tier.begin(start, checkpointer)?;
         Ok(Arc::new(tier))
@@ -238,6 +252,8 @@ impl DiskTier {
             "disk-sweep",
             Box::new(move || sweep::run(&me, &reader, start.last_revision)),
         )?);
+        let me = Arc::clone(&self.shared);
+        *self.scrub.lock() = Some(spawn("disk-scrub", Box::new(move || scrub::run(&me)))?);
         Ok(())
     }
 
@@ -372,6 +388,92 @@ impl DiskTier {
             .unwrap_or_else(|_| Err(DiskError::Catalog("the tier has been closed".into())))
     }
 
+    /// Compares every block that is held with its checksum, as fast as the disk reads, and drops the files that have a
+    /// wrong one; see [`super::scrub`]. `None`: another such pass is under way.
+    ///
+    /// Dropping the future does not stop it; [`DiskTier::close`] does.
+    ///
+    /// # Errors
+    /// [`DiskError::Catalog`] if the catalog is in trouble or the tier was closed.
+    pub async fn scrub(&self) -> Result<Option<ScrubReport>, DiskError> {
+        let shared = Arc::clone(&self.shared);
+        blocking(move || shared.scrub_all()).await
+    }
+
+    /// Names of revisions every block of which is held, a moment after the last one became durable. Some may be
+    /// left out, others come twice. To be taken once: `None` from the second time on.
+    pub fn completions(&self) -> Option<mpsc::Receiver<Revision>> {
+        self.completions.lock().take()
+    }
+
+    /// What is known of the checksum of the whole revision. `None`: it was not compared yet, or it is not held.
+    ///
+    /// # Errors
+    /// [`DiskError::Catalog`]
+    pub async fn whole(&self, revision: &Revision) -> Result<Option<Whole>, DiskError> {
+        let (shared, revision) = (Arc::clone(&self.shared), revision.clone());
+        blocking(move || {
+            let db = shared.catalog.lock()?;
+            match db.find(&revision)? {
+                Some(stored) => db.whole(stored.id),
+                None => Ok(None),
+            }
+        })
+        .await
+    }
+
+    /// The checksum of the whole revision as it is held: combined from those of its blocks, or, where it does not
+    /// combine, computed from what is on the disk.
+    ///
+    /// Cancelling does not stop it.
+    ///
+    /// # Errors
+    /// [`DiskError::Catalog`], or [`DiskError::Io`] for what could not be read.
+    pub async fn checksum_of(
+        &self,
+        revision: &Revision,
+        algorithm: ChecksumAlgorithm,
+    ) -> Result<Computed, DiskError> {
+        let (shared, revision) = (Arc::clone(&self.shared), revision.clone());
+        blocking(move || {
+            let stored = shared.catalog.lock()?.find(&revision)?;
+            let Some(stored) = stored else {
+                return Ok(Computed::Incomplete);
+            };
+            let sums = |incarnation| shared.catalog.lock()?.sums(incarnation);
+            let path = |incarnation| shared.segment_path(incarnation);
+            whole::checksum(&stored, algorithm, sums, path)
+        })
+        .await
+    }
+
+    /// Remembers what is known of the checksum of the whole revision. One that is not held is left alone.
+    ///
+    /// # Errors
+    /// [`DiskError::Catalog`]
+    pub async fn set_whole(&self, revision: &Revision, whole: Whole) -> Result<(), DiskError> {
+        let (shared, revision) = (Arc::clone(&self.shared), revision.clone());
+        blocking(move || {
+            let mut db = shared.catalog.lock()?;
+            match db.find(&revision)? {
+                Some(stored) => db.set_whole(stored.id, &whole),
+                None => Ok(()),
+            }
+        })
+        .await
+    }
+
+    /// Forgets one revision, durably: its bytes are not those of its validator. As [`DiskTier::purge`] otherwise.
+    ///
+    /// Cancelling does not stop it.
+    ///
+    /// # Errors
+    /// [`DiskError::Catalog`]: it is still held.
+    pub async fn drop_revision(&self, revision: &Revision) -> Result<Purged, DiskError> {
+        let (shared, revision) = (Arc::clone(&self.shared), revision.clone());
+        blocking(move || shared.drop_revision(&revision)).await
+    }
+
     /// The orderly end: records everything, so that the next start trusts it, and releases the
     /// directory. Reservations are refused from here on; extents can still be sent.
     ///
@@ -428,6 +530,7 @@ impl DiskTier {
             let before = shared.released_bytes.load(Ordering::Acquire);
             shared.room.recount(before, start.bytes);
             shared.queue.reopen();
+            shared.scrubber.resume();
             me.begin(start, checkpointer)?;
             *shared.lock.lock() = Some(lock);
             shared.released.store(false, Ordering::Release);
@@ -445,7 +548,8 @@ impl DiskTier {
         let shared = Arc::clone(&self.shared);
         shared.closed.store(true, Ordering::Release);
         shared.queue.close();
-        let threads = [self.worker.lock().take(), self.sweeper.lock().take()];
+        shared.scrubber.stop();
+        let threads = [&self.worker, &self.sweeper, &self.scrub].map(|thread| thread.lock().take());
         blocking(move || {
             for thread in threads.into_iter().flatten() {
                 if thread.join().is_err() {
@@ -454,6 +558,8 @@ impl DiskTier {
                     ));
                 }
             }
+            // A pass that somebody asked for ends soon too.
+            drop(shared.scrubber.pass.lock());
             let held = {
                 // So that a load either put into memory what is taken out here, or sees that it must not.
                 let _db = shared.catalog.lock();
@@ -485,6 +591,10 @@ impl DiskTier {
             revisions_in_memory: shared.revisions.lock().by_name.len() as u64,
             open_files: shared.room.open_files() as u64,
             degraded: shared.trouble.refuses_writes(),
+            scrubbed_bytes: shared.scrubber.bytes.load(Ordering::Relaxed),
+            scrubbed_segments: shared.scrubber.segments.load(Ordering::Relaxed),
+            corrupt_blocks: shared.scrubber.corrupt_blocks.load(Ordering::Relaxed),
+            oldest_verified: shared.scrubber.oldest_age(),
         }
     }
 }
@@ -494,6 +604,7 @@ impl Drop for DiskTier {
     fn drop(&mut self) {
         self.shared.closed.store(true, Ordering::Release);
         self.shared.queue.close();
+        self.shared.scrubber.stop();
         // Revisions hold the shared part, and it them.
         let held = std::mem::take(&mut self.shared.revisions.lock().by_name);
         drop(held);
@@ -521,14 +632,11 @@ impl Shared {
     }
 
     pub(super) fn shard_path(&self, incarnation: u128) -> PathBuf {
-        self.dir
-            .join("segments")
-            .join(format!("{:02x}", incarnation >> 120))
+        shard_path(&self.dir, incarnation)
     }
 
     pub(super) fn segment_path(&self, incarnation: u128) -> PathBuf {
-        self.shard_path(incarnation)
-            .join(format!("{incarnation:032x}.seg"))
+        segment_path(&self.dir, incarnation)
     }
 
     /// A name that no file had or will have: 64 random bits of its own beside 64 of this run.
@@ -729,6 +837,91 @@ impl Shared {
         self.unlink(id.incarnation);
     }
 
+    /// As [`Shared::quarantine`], for a file that memory need not know. `false`: it is gone already, or the catalog is
+    /// in trouble.
+    pub(super) fn quarantine_by_name(
+        &self,
+        id: &SegmentId,
+        revision: &Revision,
+        why: &io::Error,
+    ) -> bool {
+        let in_memory = || {
+            let held = self.revisions.lock().by_name.get(revision).cloned()?;
+            Some((held.named(id)?, held))
+        };
+        if let Some((key, held)) = in_memory() {
+            self.quarantine(&held, key, why);
+            return true;
+        }
+        let deleted = self.catalog.lock().and_then(|mut db| {
+            // It may have been loaded meanwhile; from here on it cannot be.
+            match in_memory() {
+                Some(found) => Ok(Err(found)),
+                None => db.delete_segment(id).map(Ok),
+            }
+        });
+        match deleted {
+            Ok(Ok(Some(bytes))) => {
+                self.quarantines.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(
+                    file = %self.segment_path(id.incarnation).display(),
+                    key = ?revision.key, validator = ?revision.validator, bytes, reason = %why,
+                    "dropped a segment file that cannot be trusted; its bytes are fetched again when asked for"
+                );
+                self.unlink(id.incarnation);
+                self.room.release(bytes);
+                true
+            }
+            Ok(Ok(None)) => false,
+            Ok(Err((key, held))) => {
+                self.quarantine(&held, key, why);
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "could not take a segment that cannot be trusted out of the catalog");
+                false
+            }
+        }
+    }
+
+    /// The scrubber found the file as it was written.
+    pub(super) fn trust(&self, row: &ScrubRow) {
+        let held = self.revisions.lock().by_name.get(&row.revision).cloned();
+        if let Some(held) = held
+            && let Some(key) = held.named(&row.id)
+        {
+            held.trust(key);
+        }
+    }
+
+    /// Every block of the revision is held and durable. Never blocks: whoever compares whole objects may be behind, and
+    /// is told of this one when it becomes complete again.
+    pub(super) fn completed(&self, revision: &Revision) {
+        let _ = self.completed.try_send(revision.clone());
+    }
+
+    fn drop_revision(&self, revision: &Revision) -> Result<Purged, DiskError> {
+        let mut db = self.catalog.lock()?;
+        let Some(stored) = db.find(revision)? else {
+            return Ok(Purged::default());
+        };
+        let files = db.delete_revision(stored.id)?;
+        let doomed = self.revisions.lock().by_name.remove(revision);
+        let segments = doomed.map(|held| held.doom()).unwrap_or_default();
+        drop(db);
+        Ok(Purged {
+            revisions: 1,
+            bytes: self.unlink_all(segments, &files),
+        })
+    }
+
+    /// Waits until what was completed has a row. Failure shows as what was not recorded.
+    pub(super) fn flush_blocking(&self) {
+        let (done, wait) = oneshot::channel();
+        self.queue.flush(done);
+        let _ = wait.blocking_recv();
+    }
+
     fn make_room(&self, bytes: u64) -> Result<Reservation, DiskError> {
         let _one_at_a_time = self.evictor.lock();
         let look = self.look_at_free_space()?;
@@ -750,10 +943,7 @@ impl Shared {
                 return Err(DiskError::NoRoom);
             }
             // What was completed a moment ago has no row yet, and can go once it has.
-            let (done, wait) = oneshot::channel();
-            self.queue.flush(done);
-            // Failure is no reason to stop: it shows as nothing to evict.
-            let _ = wait.blocking_recv();
+            self.flush_blocking();
             flushed = true;
         }
     }
@@ -1016,6 +1206,16 @@ pub(super) async fn blocking<T: Send + 'static>(
     }
 }
 
+fn shard_path(dir: &Path, incarnation: u128) -> PathBuf {
+    dir.join("segments")
+        .join(format!("{:02x}", incarnation >> 120))
+}
+
+/// Where the segment file of this name is in the cache directory `dir`.
+pub(super) fn segment_path(dir: &Path, incarnation: u128) -> PathBuf {
+    shard_path(dir, incarnation).join(format!("{incarnation:032x}.seg"))
+}
+
 fn segment_size(capacity: u64, block_size: u64) -> u64 {
     let share = (capacity / MIN_SEGMENTS).max(1);
     let power = 1_u64 << share.ilog2();
@@ -1023,7 +1223,7 @@ fn segment_size(capacity: u64, block_size: u64) -> u64 {
 }
 
 /// Exclusive for as long as the file is open, whatever becomes of the process.
-fn lock(dir: &Path) -> Result<File, DiskError> {
+pub(super) fn lock(dir: &Path) -> Result<File, DiskError> {
     let path = dir.join("lock");
     let failed = |op| {
         let path = path.clone();

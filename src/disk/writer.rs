@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::{Buf, Bytes};
-use crc_fast::{CrcAlgorithm, Digest};
 use parking_lot::Mutex;
 
 use super::DiskError;
@@ -26,6 +25,7 @@ use super::extent::{FileExtent, SegmentFile};
 use super::failpoint::Step;
 use super::held::{HeldRevision, SegmentKey, State};
 use super::room::{Charge, Reservation};
+use super::sums::SumDigest;
 use super::tier::blocking;
 use crate::semantics::ByteRange;
 
@@ -70,7 +70,7 @@ impl BlockWriter {
             at: range.start(),
             end: range.end(),
             reservation,
-            digest: Digest::new(CrcAlgorithm::Crc32Iscsi),
+            digest: SumDigest::default(),
             segment: None,
             view: Arc::clone(&view),
         };
@@ -157,7 +157,7 @@ struct Cursor {
     end: u64,
     reservation: Reservation,
     /// Over the bytes of the block under way.
-    digest: Digest,
+    digest: SumDigest,
     /// The segment that `at` lies in, once entered.
     segment: Option<Entered>,
     view: Arc<WriterView>,
@@ -299,7 +299,7 @@ impl Cursor {
 
     /// The block is whole: covers it, and has it made durable.
     fn complete(&mut self, block: u32, len: u64) -> Result<(), DiskError> {
-        let crc = u32::try_from(self.digest.finalize_reset()).expect("a CRC-32 has 32 bits");
+        let sum = self.digest.finish_reset();
         let segment = self.segment.as_ref().expect("the block lies in it");
         {
             let mut state = self.held.state.lock();
@@ -319,7 +319,7 @@ impl Cursor {
             key: segment.key,
             file: Arc::clone(&segment.file),
             block,
-            crc,
+            sum,
             len,
         });
         if self.at == segment.end {

@@ -114,6 +114,13 @@ impl Remote for Paced {
         .boxed()
     }
 
+    fn checksums<'a>(
+        &'a self,
+        guard: &'a Guard,
+    ) -> BoxFuture<'a, Result<Vec<crate::object::Checksum>, RemoteError>> {
+        self.memory.checksums(guard)
+    }
+
     fn read_current<'a>(
         &'a self,
         key: &'a str,

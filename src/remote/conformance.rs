@@ -19,7 +19,7 @@ use futures::future::{BoxFuture, join_all};
 use futures::{StreamExt as _, TryStreamExt as _};
 
 use super::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead};
-use crate::object::{Representation, Validator};
+use crate::object::{Checksum, Representation, Validator};
 use crate::semantics::RangeSpec;
 
 /// A bucket that the suite may fill.
@@ -69,6 +69,7 @@ pub async fn run(fixture: &dyn Fixture) {
     survives_abandoned_bodies(fixture).await;
     reads_by_version(fixture).await;
     outlives_a_vanished_version(fixture).await;
+    tells_checksums_of_the_whole(fixture).await;
 }
 
 async fn reads_what_was_put(fixture: &dyn Fixture) {
@@ -626,6 +627,37 @@ async fn outlives_a_vanished_version(fixture: &dyn Fixture) {
 }
 
 /// `len` bytes that differ between seeds and whose every 4-byte stretch tells its offset.
+/// A remote may have none, but those it has are of all bytes of the guarded revision.
+async fn tells_checksums_of_the_whole(fixture: &dyn Fixture) {
+    let (remote, key) = (fixture.remote(), "tells-checksums-of-the-whole");
+    let bytes = pattern(17, 100_000);
+    let guard = put(fixture, key, &bytes).await;
+    let checksums = remote.checksums(&guard).await;
+    for checksum in checksums.unwrap_or_else(|error| panic!("checksums: {error:?}")) {
+        assert_eq!(checksum, Checksum::of(checksum.algorithm(), &bytes));
+    }
+    let other = Guard {
+        validator: other_validator(),
+        version_id: None,
+        ..guard.clone()
+    };
+    expect_kind(
+        remote.checksums(&other).await,
+        &RemoteErrorKind::Mismatch,
+        "checksums with a wrong guard",
+    );
+    fixture.delete(key).await;
+    let gone = Guard {
+        version_id: None,
+        ..guard
+    };
+    expect_kind(
+        remote.checksums(&gone).await,
+        &RemoteErrorKind::Absent,
+        "checksums after delete",
+    );
+}
+
 fn pattern(seed: u32, len: usize) -> Bytes {
     let words = (0u32..).map(|index| index.wrapping_mul(2_654_435_761).wrapping_add(seed));
     words.flat_map(u32::to_be_bytes).take(len).collect()

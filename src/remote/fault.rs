@@ -31,7 +31,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead};
-use crate::object::{Representation, Validator};
+use crate::object::{Checksum, Representation, Validator};
 use crate::semantics::RangeSpec;
 
 /// Which method of [`Remote`] was called.
@@ -44,6 +44,8 @@ pub enum Op {
     Read,
     /// [`Remote::read_current`]
     ReadCurrent,
+    /// [`Remote::checksums`]
+    Checksums,
 }
 
 impl Op {
@@ -52,6 +54,7 @@ impl Op {
             Self::Stat => "stat",
             Self::Read => "read",
             Self::ReadCurrent => "read_current",
+            Self::Checksums => "checksums",
         }
     }
 }
@@ -143,7 +146,7 @@ pub struct Call {
     pub op: Op,
     /// The key.
     pub key: String,
-    /// The guard of a [`Remote::read`].
+    /// The guard of a [`Remote::read`] or [`Remote::checksums`].
     pub guard: Option<Guard>,
     /// The pin of a [`Remote::stat`], what a [`Remote::read_current`] was not to send again.
     pub validator: Option<Validator>,
@@ -386,6 +389,25 @@ impl<R: Remote> Remote for FaultRemote<R> {
             };
             let meter = self.enter(call).await?;
             Ok(meter.wrap(self.inner.read(guard, want).await?))
+        }
+        .boxed()
+    }
+
+    fn checksums<'a>(
+        &'a self,
+        guard: &'a Guard,
+    ) -> BoxFuture<'a, Result<Vec<Checksum>, RemoteError>> {
+        async move {
+            self.enter(Call {
+                op: Op::Checksums,
+                key: guard.key.as_ref().to_owned(),
+                guard: Some(guard.clone()),
+                validator: None,
+                want: None,
+                yielded: Arc::default(),
+            })
+            .await?;
+            self.inner.checksums(guard).await
         }
         .boxed()
     }

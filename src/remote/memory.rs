@@ -21,7 +21,7 @@ use md5::{Digest as _, Md5};
 use parking_lot::Mutex;
 
 use super::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead};
-use crate::object::{Representation, Validator};
+use crate::object::{Checksum, ChecksumAlgorithm, Representation, Validator};
 use crate::semantics::{ByteRange, RangeSpec};
 
 /// Bytes of one body frame: objects worth testing have several, and some readers must join two.
@@ -53,6 +53,7 @@ enum Version {
 struct Stored {
     representation: Representation,
     bytes: Bytes,
+    checksums: Vec<Checksum>,
 }
 
 impl Default for MemoryRemote {
@@ -111,9 +112,19 @@ impl MemoryRemote {
         }
         versions.push(Version::Object(Stored {
             representation: representation.clone(),
+            checksums: vec![Checksum::of(ChecksumAlgorithm::Crc64Nvme, &bytes)],
             bytes,
         }));
         representation
+    }
+
+    /// From now on these are the checksums stored with the current object, right or wrong. A put stores its CRC64NVME.
+    pub fn set_checksums(&self, key: &str, checksums: Vec<Checksum>) {
+        let mut bucket = self.bucket.lock();
+        let versions = bucket.objects.get_mut(key);
+        if let Some(Version::Object(stored)) = versions.and_then(|versions| versions.last_mut()) {
+            stored.checksums = checksums;
+        }
     }
 
     /// Deletes the current object; with versions on, the older ones stay readable by id.
@@ -171,8 +182,7 @@ impl MemoryRemote {
             })
     }
 
-    fn guarded(&self, guard: &Guard, want: RangeSpec) -> Result<RemoteRead, RemoteError> {
-        const OP: &str = "read";
+    fn guarded(&self, guard: &Guard, op: &'static str) -> Result<Stored, RemoteError> {
         // A version that is gone says nothing of the object: see the same step in `s3`.
         let by_id = guard
             .version_id
@@ -180,22 +190,22 @@ impl MemoryRemote {
             .and_then(|id| self.version(&guard.key, id));
         let stored = match by_id {
             Some(stored) => stored,
-            None => self.current(&guard.key, OP)?,
+            None => self.current(&guard.key, op)?,
         };
-        stored.check_match(&guard.validator, OP)?;
+        stored.check_match(&guard.validator, op)?;
         if let Some(size) = guard.size
             && size != stored.representation.size
         {
             return Err(RemoteError::new(
                 RemoteErrorKind::Protocol,
-                OP,
+                op,
                 format!(
                     "the object has {} bytes, not {size}",
                     stored.representation.size
                 ),
             ));
         }
-        stored.read(Some(want), OP)
+        Ok(stored)
     }
 }
 
@@ -266,7 +276,18 @@ impl Remote for MemoryRemote {
         guard: &'a Guard,
         want: RangeSpec,
     ) -> BoxFuture<'a, Result<RemoteRead, RemoteError>> {
-        async move { self.guarded(guard, want) }.boxed()
+        async move {
+            const OP: &str = "read";
+            self.guarded(guard, OP)?.read(Some(want), OP)
+        }
+        .boxed()
+    }
+
+    fn checksums<'a>(
+        &'a self,
+        guard: &'a Guard,
+    ) -> BoxFuture<'a, Result<Vec<Checksum>, RemoteError>> {
+        async move { Ok(self.guarded(guard, "checksums")?.checksums) }.boxed()
     }
 
     fn read_current<'a>(

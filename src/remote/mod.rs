@@ -23,7 +23,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
-use crate::object::{Representation, Validator};
+use crate::object::{Checksum, Representation, Validator};
 use crate::semantics::{ByteRange, RangeSpec};
 
 tokio::task_local! {
@@ -111,6 +111,16 @@ pub trait Remote: Send + Sync + 'static {
         guard: &'a Guard,
         want: RangeSpec,
     ) -> BoxFuture<'a, Result<RemoteRead, RemoteError>>;
+
+    /// The checksums of the whole object that the remote has stored with the guarded revision; often one, none for objects
+    /// uploaded in parts with checksums of the parts only. One guarded HEAD, and never a label for bytes (P2).
+    ///
+    /// # Errors
+    /// As [`Remote::read`], but for the range.
+    fn checksums<'a>(
+        &'a self,
+        guard: &'a Guard,
+    ) -> BoxFuture<'a, Result<Vec<Checksum>, RemoteError>>;
 
     /// Bytes of whatever is current, labelled by the same response. `want` `None`: the whole object,
     /// for objects known to be small or empty. `unless`: answer [`Current::NotModified`] when the object

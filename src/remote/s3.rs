@@ -23,7 +23,7 @@
 //! A guard that knows a version id asks for that version. If S3 refuses (the version was removed by
 //! a lifecycle rule, or our policy lacks `s3:GetObjectVersion`), that says nothing of the object,
 //! which may well be at the guarded revision: [`Remote::read`] then asks once more, without the id,
-//! still with `If-Match`. It is the only method that can make two requests. Where the second
+//! still with `If-Match`. It and [`Remote::checksums`] are the only methods that can make two requests. Where the second
 //! succeeds after a 403, versions are not asked for again.
 
 use std::error::Error as StdError;
@@ -54,6 +54,7 @@ use aws_sdk_s3::config::{
 use aws_sdk_s3::error::{BoxError, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::get_object::builders::GetObjectFluentBuilder;
 use aws_sdk_s3::primitives::{ByteStream, SdkBody};
+use aws_sdk_s3::types::ChecksumMode;
 use aws_smithy_http_client::tls;
 use aws_smithy_runtime_api::client::interceptors::dyn_dispatch_hint;
 use aws_smithy_runtime_api::http::Headers;
@@ -65,7 +66,7 @@ use http_body_util::Limited;
 use parking_lot::Mutex;
 
 use super::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TRACEPARENT};
-use crate::object::{Representation, Validator};
+use crate::object::{Checksum, ChecksumAlgorithm, Representation, Validator};
 use crate::semantics::{ByteRange, RangeSpec};
 
 /// Log directives for the SDK: its credential chain dumps each provider's failure, though what comes of them is in
@@ -342,11 +343,7 @@ impl S3Remote {
         if want == RangeSpec::Suffix(0) {
             return Err(empty_suffix(OP, guard.size));
         }
-        let version_id = guard
-            .version_id
-            .as_deref()
-            .filter(|id| *id != "null" && !self.versions_denied.load(Ordering::Relaxed));
-        let Some(version_id) = version_id else {
+        let Some(version_id) = self.version_to_ask_for(guard) else {
             return Ok(self.read_once(guard, want, None).await?);
         };
         let refusal = match self.read_once(guard, want, Some(version_id)).await {
@@ -364,6 +361,55 @@ impl S3Remote {
             );
         }
         Ok(read)
+    }
+
+    fn version_to_ask_for<'a>(&self, guard: &'a Guard) -> Option<&'a str> {
+        guard
+            .version_id
+            .as_deref()
+            .filter(|id| *id != "null" && !self.versions_denied.load(Ordering::Relaxed))
+    }
+
+    async fn checksums_once(
+        &self,
+        guard: &Guard,
+        version_id: Option<&str>,
+    ) -> Result<Vec<Checksum>, Refusal> {
+        const OP: &str = "checksums";
+        let tap = Tap::default();
+        let sent = self
+            .client
+            .head_object()
+            .bucket(&self.bucket)
+            .key(guard.key.as_ref())
+            .if_match(guard.validator.as_field_value())
+            .set_version_id(version_id.map(str::to_owned))
+            .checksum_mode(ChecksumMode::Enabled)
+            .customize()
+            .interceptor(tap.clone())
+            .send();
+        let (head, _) = self.exchange(OP, &tap, sent).await?;
+        let (representation, _) = head.check_whole(OP)?;
+        head.check_validator(OP, &representation, &guard.validator)?;
+        if let Some(size) = guard.size
+            && size != representation.size
+        {
+            let detail = format!("{size} bytes are now {}", representation.size);
+            return Err(protocol(OP, detail).into());
+        }
+        Ok(head.checksums(&guard.validator))
+    }
+
+    async fn checksums_guarded(&self, guard: &Guard) -> Result<Vec<Checksum>, RemoteError> {
+        check_key(&guard.key, "checksums")?;
+        if let Some(version_id) = self.version_to_ask_for(guard) {
+            match self.checksums_once(guard, Some(version_id)).await {
+                // As for a read: that says nothing of the object.
+                Err(refusal) if refusal.may_be_of_the_version() => {}
+                answer => return Ok(answer?),
+            }
+        }
+        Ok(self.checksums_once(guard, None).await?)
     }
 
     async fn read_labelled(
@@ -463,6 +509,13 @@ impl Remote for S3Remote {
         want: RangeSpec,
     ) -> BoxFuture<'a, Result<RemoteRead, RemoteError>> {
         self.read_guarded(guard, want).boxed()
+    }
+
+    fn checksums<'a>(
+        &'a self,
+        guard: &'a Guard,
+    ) -> BoxFuture<'a, Result<Vec<Checksum>, RemoteError>> {
+        self.checksums_guarded(guard).boxed()
     }
 
     fn read_current<'a>(
@@ -800,6 +853,30 @@ impl Head {
         })
     }
 
+    /// Those of the full object. One that was put together from the parts' checksums is not among them: it is marked as such,
+    /// by servers that know the mark; where there is none, an object uploaded in parts (its `ETag` ends in `-N`) has no other.
+    fn checksums(&self, validator: &Validator) -> Vec<Checksum> {
+        let in_one_piece = || {
+            let tag = validator.as_field_value().trim_matches('"');
+            let parts = tag.rsplit_once('-').map(|(_, parts)| parts);
+            parts.and_then(decimal).is_none()
+        };
+        let full = self
+            .headers
+            .get("x-amz-checksum-type")
+            .map_or_else(in_one_piece, |kind| kind == "FULL_OBJECT");
+        if !full {
+            return Vec::new();
+        }
+        ChecksumAlgorithm::ALL
+            .into_iter()
+            .filter_map(|algorithm| {
+                let value = self.headers.get(algorithm.field())?;
+                Checksum::from_base64(algorithm, value.trim())
+            })
+            .collect()
+    }
+
     fn last_modified(&self) -> Option<SystemTime> {
         self.headers
             .get("last-modified")
@@ -1014,7 +1091,9 @@ fn classify(op: &'static str, head: &Head, code: Option<&str>) -> (RemoteErrorKi
             (Kind::Absent, "there is no such object".to_owned())
         }
         // Without a body a missing bucket cannot be told from a missing key.
-        (404, _) if op == "stat" => (Kind::Absent, "there is no such object".to_owned()),
+        (404, _) if matches!(op, "stat" | "checksums") => {
+            (Kind::Absent, "there is no such object".to_owned())
+        }
         // The default page of a proxy whose S3 is away must not read as "deleted".
         (404, _) => (
             Kind::Protocol,

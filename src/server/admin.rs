@@ -6,6 +6,7 @@
 //! | `GET /readyz` | requests are served: 503 while starting or draining |
 //! | `GET /metrics` | `OpenMetrics`, as Prometheus reads it |
 //! | `POST /purge` | `{"path": "/mount/key"}`, or a prefix that ends in `*`: forgets every held revision |
+//! | `POST /scrub` | compares everything that is held with its checksums now, answers when it is done |
 //!
 //! It is a second [`Acceptor`](super::accept::Acceptor) with limits of its own ([`limits`]), so a
 //! flooded data listener cannot keep a probe from being answered. Errors are JSON objects with one
@@ -30,7 +31,7 @@ use super::accept::{ConnInfo, Handler, Limits};
 use super::body::ResponseBody;
 use super::io::Timeouts;
 use super::respond::{self, AdminStatus as Status};
-use crate::disk::Purged;
+use crate::disk::{Purged, ScrubReport};
 use crate::telemetry::Metrics;
 
 /// Most bytes of a purge request's body: S3's longest key, escaped in the worst way, and room for
@@ -66,6 +67,24 @@ pub trait Control: Send + Sync + 'static {
     /// Forgets every held revision of the key at `path`, or of every key below it if it ends in
     /// `*`. The path is as a client writes it: percent-encoded, with the mount.
     fn purge(&self, path: String) -> impl Future<Output = Result<Purged, PurgeRefused>> + Send;
+
+    /// Compares everything that is held with its checksums.
+    fn scrub(&self) -> impl Future<Output = Result<ScrubReport, ScrubRefused>> + Send;
+}
+
+/// Why there was no pass of the scrubber, or no whole one.
+#[derive(Debug, thiserror::Error)]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: each has exactly one status"
+)]
+pub enum ScrubRefused {
+    /// One is enough.
+    #[error("a scrub is under way; wait until it is done")]
+    UnderWay,
+    /// The disk tier failed; says how.
+    #[error("{0}")]
+    Failed(String),
 }
 
 /// Why nothing, or not everything, was purged.
@@ -138,9 +157,11 @@ impl<C: Control> Handler for Admin<C> {
                 Err((status, error)) => refuse(status, &error),
             },
             "/purge" => refuse(Status::Allow("POST"), "purge with POST"),
+            "/scrub" if request.method() == Method::POST => scrub(control, &request).await,
+            "/scrub" => refuse(Status::Allow("POST"), "scrub with POST"),
             _ => refuse(
                 Status::NotFound,
-                "no such page; there are /healthz, /readyz, /metrics and /purge",
+                "no such page; there are /healthz, /readyz, /metrics, /purge and /scrub",
             ),
         }
     }
@@ -182,6 +203,32 @@ async fn purge<C: Control>(
     })
 }
 
+async fn scrub<C: Control>(control: &C, request: &Request<Incoming>) -> Response<ResponseBody> {
+    if request.headers().contains_key(ORIGIN) {
+        let error = "web pages may not scrub: the request has an Origin field";
+        return refuse(Status::CrossOrigin, error);
+    }
+    match control.scrub().await {
+        Ok(report) => {
+            let found = json!({
+                "segments": report.segments,
+                "bytes": report.bytes,
+                "corrupt_blocks": report.corrupt_blocks,
+                "dropped_segments": report.dropped_segments,
+                "skipped_segments": report.skipped_segments,
+            });
+            respond::admin(Status::Ok, JSON, format!("{found}\n"))
+        }
+        Err(refused) => {
+            let status = match refused {
+                ScrubRefused::UnderWay => Status::UnderWay,
+                ScrubRefused::Failed(_) => Status::Failed,
+            };
+            refuse(status, &refused.to_string())
+        }
+    }
+}
+
 fn refuse(status: Status, error: &str) -> Response<ResponseBody> {
     respond::admin(status, JSON, format!("{}\n", json!({ "error": error })))
 }
@@ -201,6 +248,7 @@ mod tests {
     struct Fake {
         readiness: Mutex<Readiness>,
         purged: Mutex<Vec<String>>,
+        scrubbing: Mutex<bool>,
     }
 
     impl Control for Arc<Fake> {
@@ -224,6 +272,17 @@ mod tests {
                 }),
             }
         }
+
+        async fn scrub(&self) -> Result<ScrubReport, ScrubRefused> {
+            if *self.scrubbing.lock() {
+                return Err(ScrubRefused::UnderWay);
+            }
+            Ok(ScrubReport {
+                segments: 3,
+                corrupt_blocks: 1,
+                ..ScrubReport::default()
+            })
+        }
     }
 
     struct Server {
@@ -237,6 +296,7 @@ mod tests {
             let fake = Arc::new(Fake {
                 readiness,
                 purged: Mutex::default(),
+                scrubbing: Mutex::default(),
             });
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let addr = listener.local_addr().unwrap();
@@ -338,6 +398,22 @@ mod tests {
         let head = "POST /purge HTTP/1.1\r\nOrigin: http://evil.example";
         assert_eq!(server.ask(head, r#"{"path": "/mount/*"}"#).await.0, "403");
         assert!(server.fake.purged.lock().is_empty());
+    }
+
+    #[tokio::test]
+    async fn scrub_answers_with_what_was_found_and_one_is_enough() {
+        let server = Server::start().await;
+        let (status, answer) = server.ask("POST /scrub HTTP/1.1", "").await;
+        assert_eq!(status, "200");
+        assert!(
+            answer.contains("\"segments\":3") && answer.contains("\"corrupt_blocks\":1"),
+            "{answer}"
+        );
+        *server.fake.scrubbing.lock() = true;
+        assert_eq!(server.ask("POST /scrub HTTP/1.1", "").await.0, "409");
+        let head = "POST /scrub HTTP/1.1\r\nOrigin: http://evil.example";
+        assert_eq!(server.ask(head, "").await.0, "403");
+        assert_eq!(server.ask("GET /scrub HTTP/1.1", "").await.0, "405");
     }
 
     #[tokio::test]

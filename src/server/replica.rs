@@ -30,15 +30,16 @@ use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle};
 
 use super::accept::{Acceptor, ConnInfo, DrainReport, Ending, Limits};
-use super::admin::{self, Admin, Control, PurgeRefused, Readiness};
+use super::admin::{self, Admin, Control, PurgeRefused, Readiness, ScrubRefused};
 use super::body::ResponseBody;
 use super::handler::Handler;
 use super::handover::{self, Addresses, Estate, Predecessor, Refusal};
 use super::io::Timeouts;
 use super::page_in::PageIn;
 use super::systemd::{self, Inherited};
+use crate::audit::Auditor;
 use crate::config::{Config, MountConfig};
-use crate::disk::{DiskError, DiskTier, Purged};
+use crate::disk::{DiskError, DiskTier, Purged, ScrubReport};
 use crate::fill::{FillSettings, Filler};
 use crate::mount::{ForbiddenAs, Mount, Mounts, PathError};
 use crate::remote::s3::{CredentialSource, InvalidS3Settings, S3Remote, S3Settings};
@@ -143,6 +144,7 @@ pub struct Replica {
     took_over: bool,
     tiers: Arc<Tiers>,
     filler: Arc<Filler>,
+    auditor: Auditor,
     disk: Arc<DiskTier>,
     drain_grace: Duration,
 }
@@ -178,6 +180,12 @@ impl Replica {
         let without_writer = without_writer.elapsed();
         let metrics = Metrics::default();
         let (filler, tiers) = engine(config, &disk, &metrics);
+        let auditor = Auditor::start(
+            Arc::clone(&disk),
+            Arc::clone(&filler),
+            Arc::clone(&mounts),
+            metrics.clone(),
+        );
         let (readiness, is_ready) = watch::channel(Readiness::Ready);
         let operator = Operator {
             readiness: is_ready,
@@ -236,6 +244,7 @@ impl Replica {
             took_over,
             tiers,
             filler,
+            auditor,
             disk,
             drain_grace: config.server.drain_grace,
         })
@@ -303,6 +312,7 @@ impl Replica {
 
     async fn end(self, report: Result<DrainReport, JoinError>) -> DrainReport {
         self.filler.shutdown().await;
+        self.auditor.shutdown().await;
         close(&self.disk).await;
         self.admin_ending.close_idle();
         // A panic there has been reported by the runtime already.
@@ -674,6 +684,7 @@ async fn open_mount(
         stale_if_error: config.stale_if_error,
         forbidden: config.forbidden,
         retries: config.retries,
+        verify: config.verify,
     })
 }
 
@@ -701,6 +712,14 @@ impl Control for Operator {
 
     fn metrics(&self) -> String {
         self.metrics.encode(Some(&self.disk.stats()))
+    }
+
+    async fn scrub(&self) -> Result<ScrubReport, ScrubRefused> {
+        match self.disk.scrub().await {
+            Ok(Some(report)) => Ok(report),
+            Ok(None) => Err(ScrubRefused::UnderWay),
+            Err(error) => Err(ScrubRefused::Failed(error.to_string())),
+        }
     }
 
     async fn purge(&self, path: String) -> Result<Purged, PurgeRefused> {

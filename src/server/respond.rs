@@ -391,6 +391,8 @@ pub(super) enum AdminStatus {
     Allow(&'static str),
     /// The request's body is longer than it has any reason to be.
     TooLarge,
+    /// Not now: the same is under way.
+    UnderWay,
     /// It went wrong on our side.
     Failed,
     /// Not ready: starting or draining.
@@ -411,6 +413,7 @@ pub(super) fn admin(
         AdminStatus::NotFound => StatusCode::NOT_FOUND,
         AdminStatus::Allow(_) => StatusCode::METHOD_NOT_ALLOWED,
         AdminStatus::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        AdminStatus::UnderWay => StatusCode::CONFLICT,
         AdminStatus::Failed => StatusCode::INTERNAL_SERVER_ERROR,
         AdminStatus::Unready => StatusCode::SERVICE_UNAVAILABLE,
     };

@@ -128,6 +128,11 @@ pub enum Effect {
         /// How long; `None`: until [`super::StrictS3::release_stalls`].
         duration: Option<Duration>,
     },
+    /// Invert a byte of the body, if it is that long.
+    FlipByte {
+        /// Offset in the body.
+        at: u64,
+    },
     /// `Content-Range` is shifted by one byte; the body is not.
     WrongContentRange,
     /// `ETag` is another one.
@@ -158,6 +163,7 @@ impl Effect {
             Self::ResetAfter { .. } => "reset-after",
             Self::CloseAfter { .. } => "close-after",
             Self::StallAfter { .. } => "stall-after",
+            Self::FlipByte { .. } => "flip-byte",
             Self::WrongContentRange => "wrong-content-range",
             Self::WrongETag => "wrong-etag",
             Self::ShortContentLength { .. } => "short-content-length",
@@ -327,6 +333,7 @@ pub(super) struct Ignore {
 pub(super) struct BodyPlan {
     pub(super) cut: Option<(u64, Cut)>,
     pub(super) stall: Option<(u64, Option<Duration>)>,
+    pub(super) flip: Option<u64>,
 }
 
 /// How a connection ends early.
@@ -365,6 +372,7 @@ impl Plan {
                 Effect::StallAfter { bytes, duration } => {
                     plan.body.stall = Some((bytes, duration));
                 }
+                Effect::FlipByte { at } => plan.body.flip = Some(at),
                 Effect::WrongContentRange => plan.wrong_content_range = true,
                 Effect::WrongETag => plan.wrong_etag = true,
                 Effect::ShortContentLength { missing } => plan.missing = missing,

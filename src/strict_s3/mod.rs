@@ -13,6 +13,7 @@
 //! 3. `service.rs` answers it: `s3s` parses it and checks its signature, `conditions.rs` judges the conditions of
 //!    reads, `store/` has the objects, in memory or in a directory. Uploads by clients that sign in pieces are
 //!    unwrapped by `chunked.rs`.
+//!    What they and others are compared with, `checksums.rs` knows.
 //! 4. `wire.rs` sends the body, at the pace that is set, up to where it is to stall or to be cut.
 //!
 //! `s3s` logs every request it refuses as an error, and whole requests at debug level: programs turn its target off.
@@ -20,6 +21,7 @@
 //! Not implemented, and answered 501: copies, reads by part number, ACLs, tags, encryption, and everything else that
 //! the clients named above do not need for whole objects and ranges.
 
+mod checksums;
 mod chunked;
 mod conditions;
 mod faults;

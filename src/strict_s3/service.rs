@@ -37,6 +37,7 @@ use s3s::route::S3Route;
 use s3s::{Body, S3, S3Error, S3ErrorCode, S3Request, S3Response, S3Result, s3_error};
 
 use super::Credentials;
+use super::checksums::{self, Announced};
 use super::conditions::{Verdict, judge};
 use super::faults::{Ignore, Op};
 use super::store::{
@@ -276,6 +277,13 @@ impl S3Route for Service {
         let mut fields = representation(metadata).map_err(S3Error::internal_error)?;
         override_fields(&target, &mut fields)?;
         fields.insert(CONTENT_LENGTH, field(&(end - start).to_string())?);
+        if let (Verdict::Whole, Some(checksum)) = (&verdict, &metadata.checksum)
+            && checksums::is_asked_for(&request.headers)
+        {
+            checksum
+                .write(&mut fields)
+                .map_err(S3Error::internal_error)?;
+        }
         let status = if let Verdict::Part { .. } = verdict {
             let range = format!("bytes {start}-{}/{}", end - 1, metadata.size);
             fields.insert(CONTENT_RANGE, field(&range)?);
@@ -419,9 +427,11 @@ impl S3 for Service {
         let payload = self
             .receive(input.body, input.content_md5.as_deref())
             .await?;
+        let announced = Announced::of(&request.headers);
+        let (bucket, key) = (&input.bucket, &input.key);
         let result = self
             .store
-            .commit(&input.bucket, &input.key, payload, options, condition)
+            .commit(bucket, key, payload, &announced, options, condition)
             .await?;
         Ok(S3Response::new(PutObjectOutput {
             e_tag: Some(tag(&result.etag)),
@@ -444,9 +454,10 @@ impl S3 for Service {
             expires: input.expires,
             metadata: input.metadata,
         })?;
+        let announced = Announced::of(&request.headers);
         let id = self
             .store
-            .create_upload(&input.bucket, &input.key, options)?;
+            .create_upload(&input.bucket, &input.key, announced, options)?;
         Ok(S3Response::new(CreateMultipartUploadOutput {
             bucket: Some(input.bucket),
             key: Some(input.key),
@@ -474,7 +485,10 @@ impl S3 for Service {
             key: &input.key,
             id: &input.upload_id,
         };
-        let etag = self.store.add_part(&upload, input.part_number, payload)?;
+        let announced = Announced::of(&request.headers);
+        let etag = self
+            .store
+            .add_part(&upload, input.part_number, payload, &announced)?;
         Ok(S3Response::new(UploadPartOutput {
             e_tag: Some(tag(&etag)),
             ..Default::default()

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use http_body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
@@ -234,6 +234,19 @@ impl ResponseBody {
         }
     }
 
+    /// `data`, which goes out next, as it is to arrive.
+    fn flipped(&self, data: Bytes) -> Bytes {
+        let flip = self.plan.flip.and_then(|at| at.checked_sub(self.sent));
+        match flip.map(usize::try_from) {
+            Some(Ok(at)) if at < data.len() => {
+                let mut data = BytesMut::from(data);
+                data[at] = !data[at];
+                data.freeze()
+            }
+            _ => data,
+        }
+    }
+
     /// Bytes that may go out before something happens.
     fn allowance(&self) -> u64 {
         let stall = self.plan.stall.map_or(u64::MAX, |(at, _)| at);
@@ -315,6 +328,7 @@ impl Body for ResponseBody {
             }
             let piece = usize::try_from(piece).expect("no more than is held");
             let data = this.held.split_to(piece);
+            let data = this.flipped(data);
             this.sent += data.len() as u64;
             this.record.sent(data.len() as u64, this.object);
             return Poll::Ready(Some(Ok(Frame::data(data))));

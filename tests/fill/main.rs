@@ -52,6 +52,7 @@ impl World {
             capacity: 1 << 30,
             min_free,
             block_size: BLOCK,
+            scrub_rate: 0,
         })
         .unwrap();
         let settings = FillSettings {

@@ -36,6 +36,7 @@ impl Replica {
             stale_if_error: Duration::from_mins(5),
             forbidden: ForbiddenAs::default(),
             retries: 1,
+            verify: false,
         });
         Self::over(remote, mount, Arc::new(TempDir::new().unwrap()), min_free)
     }
@@ -51,6 +52,7 @@ impl Replica {
             capacity: 16 * SEGMENT,
             min_free,
             block_size: BLOCK,
+            scrub_rate: 0,
         })
         .unwrap();
         let settings = FillSettings {

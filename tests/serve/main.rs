@@ -19,6 +19,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod faults;
+mod rot;
 mod semantics_doc;
 mod world;
 

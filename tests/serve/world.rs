@@ -26,6 +26,8 @@ pub(crate) struct Setup {
     pub(crate) capacity: u64,
     pub(crate) min_free: MinFree,
     pub(crate) retries: u32,
+    /// Off, so that requests to S3 can be counted: an audit comes when it comes.
+    pub(crate) verify: bool,
 }
 
 impl Default for Setup {
@@ -36,6 +38,7 @@ impl Default for Setup {
             capacity: 4 << 30,
             min_free: MinFree::Bytes(0),
             retries: 1,
+            verify: false,
         }
     }
 }
@@ -91,6 +94,7 @@ impl World {
         mount.path_style = true;
         mount.fresh_for = setup.fresh_for;
         mount.retries = setup.retries;
+        mount.verify = setup.verify;
         let mut config = Config::with_mounts(vec![mount]);
         config.server.listen = "127.0.0.1:0".parse().unwrap();
         config.server.admin = "127.0.0.1:0".parse().unwrap();

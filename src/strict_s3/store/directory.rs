@@ -146,6 +146,7 @@ impl DirectoryStore {
             last_modified: time(stamp.modified),
             version_id: None,
             options: Arc::new(PutOptions::default()),
+            checksum: None,
         };
         let content = Content::File(OpenFile {
             file: Arc::new(file),

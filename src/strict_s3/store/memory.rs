@@ -8,7 +8,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::{
-    Content, Deleted, ListQuery, Listed, Listing, Metadata, Object, PutOptions, PutResult,
+    Content, Deleted, Label, ListQuery, Listed, Listing, Metadata, Object, PutOptions, PutResult,
     StoreError, WriteCondition, paginate,
 };
 
@@ -124,7 +124,7 @@ impl MemoryStore {
         bucket: &str,
         key: &str,
         bytes: Bytes,
-        etag: String,
+        label: Label,
         options: PutOptions,
         condition: &WriteCondition,
     ) -> Result<PutResult, StoreError> {
@@ -138,12 +138,14 @@ impl MemoryStore {
             }
             return Err(error);
         }
+        let Label { etag, checksum } = label;
         let metadata = Metadata {
             etag: etag.clone(),
             size: bytes.len() as u64,
             last_modified: options.last_modified.unwrap_or_else(SystemTime::now),
             version_id: id.clone(),
             options: Arc::new(options),
+            checksum,
         };
         if !self.versioned {
             versions.clear();

@@ -19,6 +19,9 @@ use futures::stream::{self, BoxStream, StreamExt};
 use md5::{Digest, Md5};
 use parking_lot::Mutex;
 
+use super::checksums::{Announced, StoredChecksum};
+use crate::object::{Checksum, ChecksumAlgorithm};
+
 use self::directory::{DirectoryStore, OpenFile, TemporaryFile};
 use self::memory::MemoryStore;
 
@@ -100,8 +103,8 @@ pub enum StoreError {
     /// A part other than the last has less than 5 MiB.
     #[error("part {0} is smaller than 5 MiB and not the last")]
     EntityTooSmall(i32),
-    /// The body does not have the MD5 that was announced.
-    #[error("the body's MD5 is not the announced one")]
+    /// The body does not have the MD5 or the checksum that was announced.
+    #[error("the body's MD5 or checksum is not the announced one")]
     BadDigest,
     /// The key cannot be a file below the directory.
     #[error("the key {0:?} cannot be a file of the directory")]
@@ -129,6 +132,8 @@ pub(super) struct Metadata {
     pub(super) last_modified: SystemTime,
     pub(super) version_id: Option<String>,
     pub(super) options: Arc<PutOptions>,
+    /// Absent for files of a directory, which would have to be read for one.
+    pub(super) checksum: Option<StoredChecksum>,
 }
 
 /// One revision: its metadata and its bytes.
@@ -183,6 +188,14 @@ impl Payload {
 
     pub(super) fn md5(&self) -> &[u8; 16] {
         &self.md5
+    }
+
+    /// Its checksum. `None`: it is not in memory.
+    pub(super) fn checksum(&self, algorithm: ChecksumAlgorithm) -> Option<Checksum> {
+        match &self.content {
+            PayloadContent::Memory(bytes) => Some(Checksum::of(algorithm, bytes)),
+            PayloadContent::File(_) => None,
+        }
     }
 
     /// The ETag of this payload alone.
@@ -411,17 +424,23 @@ impl Store {
         })
     }
 
-    /// Makes a payload the newest revision of an object.
+    /// Makes a payload the newest revision of an object, if it has the checksum it came with.
     pub(super) async fn commit(
         &self,
         bucket: &str,
         key: &str,
         payload: Payload,
+        announced: &Announced,
         options: PutOptions,
         condition: WriteCondition,
     ) -> Result<PutResult, StoreError> {
-        let etag = payload.etag();
-        self.commit_as(bucket, key, payload, etag, options, condition)
+        let label = Label {
+            etag: payload.etag(),
+            checksum: checked(&payload, announced)?
+                .as_ref()
+                .map(StoredChecksum::full),
+        };
+        self.commit_as(bucket, key, payload, label, options, condition)
             .await
     }
 
@@ -430,13 +449,13 @@ impl Store {
         bucket: &str,
         key: &str,
         payload: Payload,
-        etag: String,
+        label: Label,
         options: PutOptions,
         condition: WriteCondition,
     ) -> Result<PutResult, StoreError> {
         match (&self.kind, payload.content) {
             (Kind::Memory(store), PayloadContent::Memory(bytes)) => {
-                store.put(bucket, key, bytes, etag, options, &condition)
+                store.put(bucket, key, bytes, label, options, &condition)
             }
             (Kind::Directory(store), PayloadContent::File(file)) => {
                 self.check_bucket(bucket)?;
@@ -464,12 +483,17 @@ impl Store {
                 "put from within; write the file instead",
             ));
         };
-        let etag = Payload::in_memory(bytes.clone()).etag();
+        let payload = Payload::in_memory(bytes.clone());
+        let checksum = payload.checksum(ChecksumAlgorithm::Crc64Nvme);
+        let label = Label {
+            etag: payload.etag(),
+            checksum: checksum.as_ref().map(StoredChecksum::full),
+        };
         store.put(
             bucket,
             key,
             bytes,
-            etag,
+            label,
             options,
             &WriteCondition::default(),
         )
@@ -516,10 +540,11 @@ impl Store {
         &self,
         bucket: &str,
         key: &str,
+        announced: Announced,
         options: PutOptions,
     ) -> Result<String, StoreError> {
         self.check_bucket(bucket)?;
-        Ok(self.uploads.create(bucket, key, options))
+        Ok(self.uploads.create(bucket, key, announced, options))
     }
 
     /// Keeps a part; a part of the same number is replaced. Yields its ETag.
@@ -528,7 +553,9 @@ impl Store {
         upload: &UploadName<'_>,
         number: i32,
         payload: Payload,
+        announced: &Announced,
     ) -> Result<String, StoreError> {
+        checked(&payload, announced)?;
         self.uploads.add(upload, number, payload)
     }
 
@@ -540,15 +567,27 @@ impl Store {
         parts: &[(i32, Option<String>)],
         condition: WriteCondition,
     ) -> Result<PutResult, StoreError> {
-        let (payloads, options) = self.uploads.take(upload, parts)?;
+        let (payloads, announced, options) = self.uploads.take(upload, parts)?;
         let mut digests = Md5::new();
         for payload in &payloads {
             digests.update(payload.md5);
         }
         let digest: [u8; 16] = digests.finalize().into();
         let etag = format!("\"{}-{}\"", hex(&digest), payloads.len());
+        let algorithm = announced.algorithm;
+        let of_parts: Option<Vec<Checksum>> = payloads
+            .iter()
+            .map(|payload| payload.checksum(algorithm))
+            .collect();
         let joined = join(payloads).await?;
-        self.commit_as(upload.bucket, upload.key, joined, etag, options, condition)
+        let checksum = if announced.composite {
+            of_parts.map(|parts| StoredChecksum::composite(algorithm, parts.iter()))
+        } else {
+            let checksum = joined.checksum(algorithm);
+            checksum.as_ref().map(StoredChecksum::full)
+        };
+        let label = Label { etag, checksum };
+        self.commit_as(upload.bucket, upload.key, joined, label, options, condition)
             .await
     }
 
@@ -566,6 +605,22 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(move || work(&store))
         .await
         .map_err(io::Error::other)?
+}
+
+/// What an object is labelled with, besides its headers.
+struct Label {
+    /// Quotes included.
+    etag: String,
+    checksum: Option<StoredChecksum>,
+}
+
+/// The payload's checksum, compared with the one that came with it. `None`: it is not in memory.
+fn checked(payload: &Payload, announced: &Announced) -> Result<Option<Checksum>, StoreError> {
+    let checksum = payload.checksum(announced.algorithm);
+    match &checksum {
+        Some(checksum) if !announced.fits(checksum) => Err(StoreError::BadDigest),
+        _ => Ok(checksum),
+    }
 }
 
 /// One payload out of many, in order. Its MD5 is the first one's and means nothing.
@@ -615,6 +670,7 @@ struct UploadsState {
 struct Upload {
     bucket: String,
     key: String,
+    announced: Announced,
     options: PutOptions,
     parts: BTreeMap<i32, Payload>,
 }
@@ -629,13 +685,14 @@ impl UploadsState {
 }
 
 impl Uploads {
-    fn create(&self, bucket: &str, key: &str, options: PutOptions) -> String {
+    fn create(&self, bucket: &str, key: &str, announced: Announced, options: PutOptions) -> String {
         let mut state = self.state.lock();
         state.created += 1;
         let id = format!("upload-{}", state.created);
         let upload = Upload {
             bucket: bucket.to_owned(),
             key: key.to_owned(),
+            announced,
             options,
             parts: BTreeMap::new(),
         };
@@ -653,7 +710,7 @@ impl Uploads {
         &self,
         name: &UploadName<'_>,
         parts: &[(i32, Option<String>)],
-    ) -> Result<(Vec<Payload>, PutOptions), StoreError> {
+    ) -> Result<(Vec<Payload>, Announced, PutOptions), StoreError> {
         let mut state = self.state.lock();
         let upload = state.named(name)?;
         if !parts.is_sorted_by(|(a, _), (b, _)| a < b) {
@@ -679,7 +736,7 @@ impl Uploads {
             .iter()
             .filter_map(|(number, _)| upload.parts.remove(number))
             .collect();
-        Ok((payloads, upload.options))
+        Ok((payloads, upload.announced, upload.options))
     }
 
     fn abort(&self, name: &UploadName<'_>) -> Result<(), StoreError> {
