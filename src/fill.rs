@@ -50,6 +50,7 @@ use tracing::Instrument;
 pub use flights::Span;
 use flights::{Flights, Gaps, InFlight, unless_called_off};
 
+use crate::chance;
 use crate::disk::{
     BlockWriter, DiskError, DiskTier, FileExtent, HeldRevision, Lookup, PurgeTarget, Reservation,
     WriterView,
@@ -775,7 +776,5 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Between half and the whole of `pause`, so that the flights an outage cut do not return in step.
 fn jittered(pause: Duration) -> Duration {
-    use std::hash::{BuildHasher, RandomState};
-    let random = RandomState::new().hash_one(0_u8).to_le_bytes()[0];
-    pause / 2 + (pause / 2).mul_f64(f64::from(random) / 255.0)
+    pause / 2 + (pause / 2).mul_f64(chance::fraction())
 }

@@ -28,9 +28,10 @@
 //!  mount · payload · telemetry · strict_s3
 //!  disk · remote
 //!  object     keys, validators, revisions
-//!  semantics  RFC 9110, pure
+//!  semantics  RFC 9110, pure (and chance)
 //! ```
 
+mod chance;
 pub mod cli;
 pub mod config;
 pub mod disk;

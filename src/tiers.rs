@@ -863,6 +863,9 @@ impl RequestHead {
 }
 
 #[cfg(test)]
+mod proof;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

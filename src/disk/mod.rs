@@ -40,6 +40,8 @@ mod coverage;
 mod durability;
 mod extent;
 mod held;
+#[cfg(test)]
+pub(crate) mod inline;
 mod room;
 #[cfg(test)]
 mod tests;

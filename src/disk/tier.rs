@@ -28,14 +28,19 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 use tokio::sync::oneshot;
+use tokio::task::JoinError;
 
 use super::catalog::{Catalog, Db, SegmentId, StoredRevision};
 use super::durability::{self, KernelSync, Queue, Syncer};
 use super::held::{HeldRevision, Segment, SegmentKey};
+#[cfg(test)]
+use super::inline;
 use super::room::{Reservation, Room};
 use super::{
     CurrentRecord, DiskConfig, DiskError, DiskStats, Lookup, MinFree, PurgeTarget, Purged,
 };
+#[cfg(test)]
+use crate::chance;
 use crate::object::{ObjectKey, Representation, Revision};
 
 /// Bytes of a segment where the capacity allows it: few enough files for 1 TB (16 thousand), small enough to evict in steps.
@@ -201,6 +206,12 @@ impl DiskTier {
             );
         }
         let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            #[cfg(test)]
+            let work = if inline::is_on() {
+                Box::new(|| ())
+            } else {
+                work
+            };
             std::thread::Builder::new()
                 .name(name.into())
                 .spawn(work)
@@ -349,7 +360,7 @@ impl DiskTier {
     /// synced are dropped and logged, and not an error here.
     pub async fn flush(&self) -> Result<(), DiskError> {
         let (done, wait) = oneshot::channel();
-        self.shared.queue.flush(done);
+        self.shared.flush(done);
         wait.await
             .unwrap_or_else(|_| Err(DiskError::Catalog("the tier has been closed".into())))
     }
@@ -362,6 +373,10 @@ impl DiskTier {
     pub async fn close(&self) -> Result<(), DiskError> {
         self.shared.closed.store(true, Ordering::Release);
         self.shared.queue.close();
+        #[cfg(test)]
+        if inline::is_on() {
+            durability::settle_now(&self.shared);
+        }
         let threads = [self.worker.lock().take(), self.sweeper.lock().take()];
         let shared = Arc::clone(&self.shared);
         blocking(move || {
@@ -379,6 +394,13 @@ impl DiskTier {
             closed
         })
         .await
+    }
+
+    /// The process ends here: what waits to be recorded is lost.
+    #[cfg(test)]
+    pub(crate) fn crash(&self) {
+        self.shared.queue.lose();
+        *self.shared.lock.lock() = None;
     }
 
     /// Counters.
@@ -593,6 +615,15 @@ impl Shared {
         self.unlink(id.incarnation);
     }
 
+    /// `done` hears when what was queued until now is durable.
+    fn flush(&self, done: oneshot::Sender<Result<(), DiskError>>) {
+        self.queue.flush(done);
+        #[cfg(test)]
+        if inline::is_on() {
+            durability::settle_now(self);
+        }
+    }
+
     fn make_room(&self, bytes: u64) -> Result<Reservation, DiskError> {
         let _one_at_a_time = self.evictor.lock();
         let look = self.look_at_free_space()?;
@@ -615,7 +646,12 @@ impl Shared {
             }
             // What was completed a moment ago has no row yet, and can go once it has.
             let (done, wait) = oneshot::channel();
-            self.queue.flush(done);
+            self.flush(done);
+            #[cfg(test)]
+            if inline::is_on() {
+                flushed = true;
+                continue;
+            }
             // Failure is no reason to stop: it shows as nothing to evict.
             let _ = wait.blocking_recv();
             flushed = true;
@@ -943,13 +979,28 @@ impl Trouble {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, DiskError> + Send + 'static,
 ) -> Result<T, DiskError> {
-    match tokio::task::spawn_blocking(work).await {
+    match on_pool(work).await {
         Ok(result) => result,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
             Err(_) => Err(DiskError::Catalog("the runtime is shutting down".into())),
         },
     }
+}
+
+/// Runs `work` on the pool of threads that may block; its panic is an error.
+pub(super) async fn on_pool<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, JoinError> {
+    #[cfg(test)]
+    if inline::is_on() {
+        // Others have their turn before and after, as they would have.
+        tokio::task::yield_now().await;
+        let done = work();
+        tokio::task::yield_now().await;
+        return Ok(done);
+    }
+    tokio::task::spawn_blocking(work).await
 }
 
 fn segment_size(capacity: u64, block_size: u64) -> u64 {
@@ -1015,6 +1066,10 @@ fn make_shards(dir: &Path, sync: &dyn Syncer) -> Result<(), DiskError> {
 }
 
 fn random_u64(random: &mut impl Read) -> Result<u64, DiskError> {
+    #[cfg(test)]
+    if let Some(seeded) = chance::seeded::draw() {
+        return Ok(seeded);
+    }
     let mut bytes = [0; 8];
     random
         .read_exact(&mut bytes)
