@@ -11,36 +11,44 @@ use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use shuttle::sync::{Condvar, Mutex as Waitable};
 use shuttle::thread;
 
+use crate::Check;
 use crate::flights::{Flights, Gaps, InFlight, Span, unless_called_off};
 
-pub(crate) const CHECKS: &[(&str, fn())] = &[
+pub(crate) const CHECKS: &[Check] = &[
     (
         "each_block_leaves_the_remote_once",
         each_block_leaves_the_remote_once,
+        1,
     ),
     (
         "nobody_follows_a_flight_that_gave_up",
         nobody_follows_a_flight_that_gave_up,
+        1,
     ),
     (
         "who_hears_of_the_end_does_not_meet_it_again",
         who_hears_of_the_end_does_not_meet_it_again,
+        1,
     ),
     (
         "nothing_of_a_called_off_flight_is_kept",
         nothing_of_a_called_off_flight_is_kept,
+        1,
     ),
     (
         "what_was_asked_for_before_a_purge_is_not_adopted",
         what_was_asked_for_before_a_purge_is_not_adopted,
+        1,
     ),
     (
         "a_called_off_flight_leaves_its_successor_alone",
         a_called_off_flight_leaves_its_successor_alone,
+        1,
     ),
     (
         "a_read_is_adopted_beside_no_other_flight",
         a_read_is_adopted_beside_no_other_flight,
+        1,
     ),
 ];
 

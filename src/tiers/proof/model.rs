@@ -3,11 +3,13 @@
 //! The model knows what each key was at, and since when; what each revision holds; and whether anything was wrong with
 //! the remote while a request was under way. From that follows what may be answered ([`Model::judge`]): each byte is
 //! its label's (P1), 412 and 404 only where the remote has another revision or none and could be asked (P4), 503 only
-//! in trouble, nothing older than `fresh_for` (P6), no more on disk than the capacity, and when the trouble is over,
+//! in trouble, nothing older than `fresh_for` (P6), nothing that was purged, no more on disk than the capacity, and when the trouble is over,
 //! everything answers.
 //!
 //! `PINRANGE_MODEL_CASES` says how many cases are tried; a failing one is shrunk, and remembered in
 //! `proptest-regressions`.
+
+use std::collections::HashSet;
 
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
@@ -212,6 +214,7 @@ struct Moment {
     struck: u64,
     /// Segments that went, for want of room or because they were bad.
     gone: u64,
+    purged: HashSet<(&'static str, String)>,
 }
 
 struct Model {
@@ -220,8 +223,8 @@ struct Model {
     tags: Vec<String>,
     /// Segment files may be wrong in ways that nobody noticed yet.
     rotten: bool,
-    /// When the remote last asked to be left alone.
-    silenced: bool,
+    /// Tags by key that only the disk had when it was purged.
+    purged: Mutex<HashSet<(&'static str, String)>>,
 }
 
 impl Model {
@@ -274,10 +277,11 @@ impl Model {
     fn moment(&self, replica: &Replica) -> Moment {
         Moment {
             at: Instant::now(),
-            fair: self.world.weather.is_fair() && !self.silenced,
+            fair: self.world.weather.is_fair(),
             out: self.world.weather.is_out(),
             struck: self.world.weather.struck(),
             gone: gone(replica),
+            purged: self.purged.lock().clone(),
         }
     }
 
@@ -346,6 +350,12 @@ impl Model {
                 let lost = gone(replica) > asked.gone && !now.contains(&Some(validator.clone()));
                 demand(!cut || trouble || changed || lost, "cut without trouble")?;
                 self.judge_label(ask, validator, asked, trouble)?;
+                let name = (ask.key, validator.as_field_value().to_owned());
+                let back = now.contains(&Some(validator.clone()));
+                demand(
+                    back || !asked.purged.contains(&name),
+                    "served what was purged",
+                )?;
                 let size = world
                     .written(validator)
                     .map_or(0, |object| object.len() as u64);
@@ -450,7 +460,7 @@ impl Model {
             world: World::new(),
             tags: Vec::new(),
             rotten: false,
-            silenced: false,
+            purged: Mutex::default(),
         }
     }
 
@@ -479,7 +489,6 @@ impl Model {
                 }
             }
             self.world.clock_stops();
-            self.silenced = false;
         }
     }
 
@@ -552,8 +561,9 @@ impl Model {
         let world = &self.world;
         let mut tags = Vec::new();
         let mut put = |key: usize, object: &Bytes| {
-            let stored = world.put(KEYS[key], object);
-            tags.push(stored.as_field_value().to_owned());
+            let tag = world.put(KEYS[key], object).as_field_value().to_owned();
+            self.purged.lock().remove(&(KEYS[key], tag.clone()));
+            tags.push(tag);
         };
         match op {
             Op::Put { key, seed, size } => put(*key, &object(*seed, *size)),
@@ -568,6 +578,11 @@ impl Model {
             Op::Purge { key, every } => {
                 let purged = replica.tiers.purge(&world.mount, KEYS[*key], *every).await;
                 purged.unwrap();
+                let current = world.current(KEYS[*key]);
+                let current = current.as_ref().map(Validator::as_field_value);
+                let others = self.tags.iter().filter(|tag| Some(tag.as_str()) != current);
+                let others = others.map(|tag| (KEYS[*key], tag.clone()));
+                self.purged.lock().extend(others);
             }
             Op::Strike(blows) => blows
                 .iter()
@@ -621,7 +636,6 @@ impl Model {
     async fn in_the_end(&mut self, replica: &Replica) -> Result<(), String> {
         self.world.weather.clear();
         tokio::time::sleep(PEACE).await;
-        self.silenced = false;
         for key in 0..KEYS.len() {
             for pins in [Pins::Current, Pins::Nothing, Pins::Any] {
                 let asking = Asking {
