@@ -68,7 +68,7 @@ fn serve() -> Served {
                 fan_out: 2,
                 part_size: PART,
             };
-            let tiers = Tiers::new(disk, filler, settings, metrics.clone());
+            let tiers = Tiers::new(disk, filler, settings);
             let mounts = Mounts::new(vec![Mount {
                 path: "/m".to_owned(),
                 prefix: String::new(),
@@ -90,6 +90,7 @@ fn serve() -> Served {
                     header: Duration::from_secs(5),
                     idle: Duration::from_secs(5),
                     progress: Duration::from_secs(5),
+                    min_rate: 0,
                 },
             };
             let page_in = PageIn::new().expect("threads");

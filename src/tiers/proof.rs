@@ -29,7 +29,9 @@ use super::*;
 use crate::disk::{DiskConfig, MinFree, inline};
 use crate::fill::FillSettings;
 use crate::payload::{ChunkSource, Payload};
+use crate::remote::Remote;
 use crate::remote::memory::MemoryRemote;
+use crate::telemetry::Metrics;
 use weather::Weather;
 
 const BLOCK: u64 = 4 << 10;
@@ -149,12 +151,12 @@ impl World {
             budget: 3 * PART,
         };
         let metrics = Metrics::default();
-        let filler = Filler::new(Arc::clone(&disk), settings, metrics.clone());
+        let filler = Filler::new(Arc::clone(&disk), settings, metrics);
         let settings = TierSettings {
             fan_out: 2,
             part_size: PART,
         };
-        let tiers = Tiers::new(Arc::clone(&disk), Arc::clone(&filler), settings, metrics);
+        let tiers = Tiers::new(Arc::clone(&disk), Arc::clone(&filler), settings);
         Replica {
             disk,
             filler,

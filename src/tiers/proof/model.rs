@@ -225,6 +225,8 @@ struct Model {
     rotten: bool,
     /// Tags by key that only the disk had when it was purged.
     purged: Mutex<HashSet<(&'static str, String)>>,
+    /// Blows when last looked, and since when it is no more.
+    struck: Mutex<(u64, Option<Instant>)>,
 }
 
 impl Model {
@@ -275,9 +277,16 @@ impl Model {
     }
 
     fn moment(&self, replica: &Replica) -> Moment {
+        let (now, blows) = (Instant::now(), self.world.weather.struck());
+        let mut struck = self.struck.lock();
+        if struck.0 != blows {
+            *struck = (blows, Some(now));
+        }
+        // A remote that asked to be left alone is.
+        let over = |since: Instant| now.duration_since(since) > ALONE;
         Moment {
-            at: Instant::now(),
-            fair: self.world.weather.is_fair(),
+            at: now,
+            fair: self.world.weather.is_fair() && struck.1.is_none_or(over),
             out: self.world.weather.is_out(),
             struck: self.world.weather.struck(),
             gone: gone(replica),
@@ -461,6 +470,7 @@ impl Model {
             tags: Vec::new(),
             rotten: false,
             purged: Mutex::default(),
+            struck: Mutex::default(),
         }
     }
 
@@ -489,6 +499,7 @@ impl Model {
                 }
             }
             self.world.clock_stops();
+            self.struck.lock().1 = None;
         }
     }
 
@@ -655,6 +666,9 @@ impl Model {
         Ok(())
     }
 }
+
+/// Longer than a blow asks to be left alone for.
+const ALONE: Duration = Duration::from_secs(5);
 
 /// Longer than anything that is under way can take, and than the remote asks to be left alone for.
 const PEACE: Duration = Duration::from_mins(2);
