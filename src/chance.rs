@@ -37,7 +37,7 @@ pub(crate) mod seeded {
         DICE.with_borrow_mut(|dice| dice.as_mut().map(Dice::next))
     }
 
-    /// SplitMix64: enough for tests, and the same everywhere and for ever.
+    /// `SplitMix64`: enough for tests, and the same everywhere and for ever.
     #[derive(Clone, Debug)]
     pub(crate) struct Dice(u64);
 

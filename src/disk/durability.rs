@@ -284,7 +284,7 @@ pub(super) fn settle_now(shared: &Shared) {
     for done in flushes {
         let told = settled
             .as_ref()
-            .map(|()| ())
+            .copied()
             .map_err(|error| DiskError::Catalog(error.to_string()));
         let _ = done.send(told);
     }

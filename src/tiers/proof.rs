@@ -40,6 +40,9 @@ const PART: u64 = 16 << 10;
 const CAPACITY: u64 = 16 * 2 * BLOCK;
 const FRESH_FOR: Duration = Duration::from_secs(2);
 
+/// What a key came to be at, and when.
+type Change = (Option<Instant>, Option<Validator>);
+
 /// A replica and what it stands in front of.
 struct World {
     dir: TempDir,
@@ -48,7 +51,7 @@ struct World {
     /// What every revision that ever was holds, by tag.
     written: Mutex<HashMap<Box<str>, Bytes>>,
     /// What each key was at since when, in order. An instant of another life is long ago.
-    history: Mutex<BTreeMap<&'static str, Vec<(Option<Instant>, Option<Validator>)>>>,
+    history: Mutex<BTreeMap<&'static str, Vec<Change>>>,
 }
 
 /// One life of the replica.

@@ -73,7 +73,7 @@ enum Op {
     AskInPeace(Asking),
     Together {
         asks: Vec<Asking>,
-        meanwhile: Box<Option<Op>>,
+        meanwhile: Box<Option<Self>>,
         after: u64,
     },
     Purge {
@@ -323,6 +323,7 @@ impl Model {
     }
 
     /// Whether the answer is one that may be given.
+    #[expect(clippy::too_many_lines, reason = "one table")]
     fn judge(
         &self,
         replica: &Replica,

@@ -6,6 +6,8 @@
 //! failure names its seed; `PINRANGE_SIMULATE=SEED` runs that one and prints the trace, and
 //! `PINRANGE_SIMULATIONS=COUNT` runs more seeds than the few of every build.
 
+#![expect(clippy::future_not_send, reason = "all is on one thread")]
+
 use std::cell::RefCell;
 use std::fmt::Write as _;
 
@@ -201,7 +203,9 @@ fn simulate(seed: u64) -> Result<Trace, String> {
         let replica = runtime.block_on(async {
             START.set(Some(Instant::now()));
             if life == 0 {
-                KEYS.into_iter().for_each(|key| simulation.put(key));
+                for key in KEYS {
+                    simulation.put(key);
+                }
             }
             simulation.world.start()
         });
