@@ -460,7 +460,7 @@ impl State {
             charge: Charge::new(&shared.room, row.bytes),
             last_used: row.last_used,
             stored_last_used: row.last_used,
-            suspect: row.run <= shared.suspect_run,
+            suspect: row.run <= shared.suspect_run.load(Ordering::Acquire),
             recorded: true,
         };
         self.add(row.idx, segment);
