@@ -33,7 +33,8 @@
 //! [`Filler::settle`] waits for the flights and calls off those that take too long, for a disk that another process
 //! is about to write. [`Filler::shutdown`] drops the flights; completed blocks stay. A flight that panics fails.
 
-use std::collections::{BTreeMap, HashMap};
+mod flights;
+
 use std::num::NonZeroU64;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -46,6 +47,9 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
+
+pub use flights::Span;
+use flights::{Flights, Gaps, InFlight, unless_called_off};
 
 use crate::disk::{
     BlockWriter, DiskError, DiskTier, FileExtent, HeldRevision, Lookup, PurgeTarget, Reservation,
@@ -126,15 +130,6 @@ impl FillError {
     }
 }
 
-/// A half-open stretch of a revision whose size may not be known yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span {
-    /// First byte.
-    pub start: u64,
-    /// One past the last byte; may lie beyond the end of the object while its size is unknown.
-    pub end: u64,
-}
-
 impl From<ByteRange> for Span {
     fn from(range: ByteRange) -> Self {
         Self {
@@ -170,34 +165,49 @@ struct Flight {
     /// Set by a purge: what arrives from now on must not be kept.
     purged: AtomicBool,
     queued: AtomicU64,
+    metrics: Metrics,
+}
+
+impl InFlight for Flight {
+    type Follow = Follow;
+
+    fn span(&self) -> Span {
+        self.span
+    }
+
+    fn follow(self: &Arc<Self>, collapsed: bool) -> Follow {
+        self.metrics.followers(1);
+        Follow {
+            phase: self.phase.subscribe(),
+            flight: Arc::clone(self),
+            collapsed,
+        }
+    }
+
+    fn is_followed(&self) -> bool {
+        self.phase.receiver_count() > 0
+    }
+
+    fn call_off(&self) {
+        self.purged.store(true, Ordering::Release);
+    }
 }
 
 /// A reader's hold on a flight. Dropping it lets go; the flight goes on to the end of its part.
 pub struct Follow {
     flight: Arc<Flight>,
     phase: watch::Receiver<Phase>,
-    metrics: Metrics,
     /// Whether this flight was already under way when it was joined.
     pub collapsed: bool,
 }
 
 impl Drop for Follow {
     fn drop(&mut self) {
-        self.metrics.followers(-1);
+        self.flight.metrics.followers(-1);
     }
 }
 
 impl Follow {
-    fn new(flight: &Arc<Flight>, metrics: &Metrics, collapsed: bool) -> Self {
-        metrics.followers(1);
-        Self {
-            phase: flight.phase.subscribe(),
-            flight: Arc::clone(flight),
-            metrics: metrics.clone(),
-            collapsed,
-        }
-    }
-
     /// What the flight fetches.
     pub fn span(&self) -> Span {
         self.flight.span
@@ -250,7 +260,38 @@ impl Follow {
     }
 }
 
-type Flights = BTreeMap<u64, Arc<Flight>>;
+/// What [`Filler::join`] is asked for, against what is on disk.
+struct Wanted<'a> {
+    filler: &'a Filler,
+    held: Option<&'a HeldRevision>,
+    end: u64,
+    size: u64,
+}
+
+impl Gaps for Wanted<'_> {
+    fn end(&self) -> u64 {
+        self.end
+    }
+
+    fn first_from(&self, offset: u64) -> Option<Span> {
+        let rest = ByteRange::from_bounds(offset, self.end)?;
+        match self.held {
+            None => Some(rest.into()),
+            Some(held) => held.first_missing(rest).map(Span::from),
+        }
+    }
+
+    fn part(&self, gap: Span) -> Span {
+        let part = self.filler.part_at(gap);
+        debug_assert!(
+            part.start.is_multiple_of(self.filler.block().get()) && part.start <= gap.start
+        );
+        Span {
+            start: part.start,
+            end: part.end.min(self.size),
+        }
+    }
+}
 
 /// Starts fills and hands out follows. One per replica.
 pub struct Filler {
@@ -258,10 +299,8 @@ pub struct Filler {
     settings: FillSettings,
     metrics: Metrics,
     origins: Arc<Origins>,
-    /// The interval maps. Taken on the cold path only, never across an await.
-    revisions: Mutex<HashMap<Revision, Flights>>,
-    /// Counts calls of [`Filler::forget`]; changed under the lock of `revisions`.
-    era: AtomicU64,
+    /// On the cold path only.
+    flights: Flights<Revision, Flight>,
     budget: Semaphore,
     stop: CancellationToken,
     running: Mutex<Running>,
@@ -285,8 +324,7 @@ impl Filler {
             settings,
             origins: Origins::new(metrics.clone()),
             metrics,
-            revisions: Mutex::default(),
-            era: AtomicU64::new(0),
+            flights: Flights::default(),
             stop: CancellationToken::new(),
             running: Mutex::default(),
         })
@@ -313,69 +351,31 @@ impl Filler {
         want: Span,
         most: usize,
     ) -> Vec<Follow> {
-        let block = self.block().get();
-        let mut follows = Vec::new();
-        let mut offset = want.start;
-        let mut revisions = self.revisions.lock();
         let held = held.filter(|held| !held.is_doomed());
-        let arrived = match held {
-            Some(_) => None,
-            None => self.arrived(&source.revision),
-        };
-        let held = held.or(arrived.as_deref());
-        let size = match (&source.known, held) {
-            (Some(known), _) => known.size,
-            (None, Some(held)) => held.representation().size,
-            (None, None) => u64::MAX,
-        };
-        let end = want.end.min(size);
-        let flights = revisions.entry(source.revision.clone()).or_default();
-        while offset < end && follows.len() < most {
-            let under_way = flights
-                .range(..=offset)
-                .next_back()
-                .map(|(_, flight)| flight);
-            if let Some(flight) = under_way.filter(|flight| flight.span.end > offset) {
-                follows.push(Follow::new(flight, &self.metrics, true));
-                offset = flight.span.end;
-                continue;
-            }
-            // A flight covers its blocks before it leaves the map, and it leaves under this lock:
-            // what is neither in the map nor covered now is nobody's.
-            let gap = match (held, ByteRange::from_bounds(offset, end)) {
-                (_, None) => break,
-                (None, Some(rest)) => rest,
-                (Some(held), Some(rest)) => match held.first_missing(rest) {
-                    None => break,
-                    Some(gap) if gap.start() > offset => {
-                        offset = gap.start();
-                        continue;
-                    }
-                    Some(gap) => gap,
-                },
-            };
-            let next_flight = flights
-                .range(offset..)
-                .next()
-                .map_or(u64::MAX, |(start, _)| *start);
-            let span = self.part_at(Span {
-                start: offset,
-                end: gap.end().min(next_flight),
-            });
-            let span = Span {
-                start: span.start,
-                end: span.end.min(size),
-            };
-            debug_assert!(span.start.is_multiple_of(block) && span.start <= offset);
-            let flight = self.launch(source.clone(), span, None);
-            follows.push(Follow::new(&flight, &self.metrics, false));
-            flights.insert(span.start, flight);
-            offset = span.end;
-        }
-        if flights.is_empty() {
-            revisions.remove(&source.revision);
-        }
-        follows
+        let mut arrived = None;
+        self.flights.join(
+            &source.revision,
+            want.start,
+            most,
+            || {
+                if held.is_none() {
+                    arrived = self.arrived(&source.revision);
+                }
+                let held = held.or(arrived.as_deref());
+                let size = match (&source.known, held) {
+                    (Some(known), _) => known.size,
+                    (None, Some(held)) => held.representation().size,
+                    (None, None) => u64::MAX,
+                };
+                Wanted {
+                    filler: self,
+                    held,
+                    end: want.end.min(size),
+                    size,
+                }
+            },
+            |span| self.launch(source.clone(), span, None),
+        )
     }
 
     /// The revision, if the tier's memory knows it.
@@ -388,7 +388,7 @@ impl Filler {
 
     /// Changes with every purge: what was asked for in one era is not kept in the next.
     pub fn era(&self) -> u64 {
-        self.era.load(Ordering::SeqCst)
+        self.flights.era()
     }
 
     /// Follows the body of a read that was sent in `era`, filling the disk with it. `None` when others
@@ -415,23 +415,16 @@ impl Filler {
         if span.start >= span.end {
             return None;
         }
-        let mut revisions = self.revisions.lock();
-        let overlaps = revisions
-            .get(&source.revision)
-            .and_then(|flights| flights.range(..span.end).next_back())
-            .is_some_and(|(_, other)| other.span.end > span.start);
-        let on_disk = self.arrived(&source.revision).is_some_and(|held| {
-            ByteRange::from_bounds(span.start, span.end)
-                .is_some_and(|range| held.first_missing(range) != Some(range))
-        });
-        if overlaps || on_disk || self.era() != era {
-            return None;
-        }
-        let flights = revisions.entry(source.revision.clone()).or_default();
-        let flight = self.launch(source.clone(), span, Some(read));
-        let follow = Follow::new(&flight, &self.metrics, false);
-        flights.insert(span.start, flight);
-        Some(follow)
+        let on_disk = || {
+            self.arrived(&source.revision).is_some_and(|held| {
+                ByteRange::from_bounds(span.start, span.end)
+                    .is_some_and(|range| held.first_missing(range) != Some(range))
+            })
+        };
+        self.flights
+            .adopt(&source.revision, span, era, on_disk, |span| {
+                self.launch(source.clone(), span, Some(read))
+            })
     }
 
     /// Grows a gap to block boundaries and cuts it to a part. A gap that is a part long but
@@ -453,17 +446,7 @@ impl Filler {
     /// [is a purge's](FillError::is_purged) or the rest of what they follow, nothing of it is found again once the
     /// tier has been purged as well. A new era begins.
     pub fn forget(&self, matches: impl Fn(&Revision) -> bool) {
-        let mut revisions = self.revisions.lock();
-        self.era.fetch_add(1, Ordering::SeqCst);
-        revisions.retain(|revision, flights| {
-            let forget = matches(revision);
-            if forget {
-                for flight in flights.values() {
-                    flight.purged.store(true, Ordering::Release);
-                }
-            }
-            !forget
-        });
+        self.flights.call_off(matches);
     }
 
     /// Drops all flights and waits until they are gone. Completed blocks stay.
@@ -502,6 +485,7 @@ impl Filler {
             phase: watch::Sender::new(Phase::Asked),
             purged: AtomicBool::new(false),
             queued: AtomicU64::new(0),
+            metrics: self.metrics.clone(),
         });
         let running = self.running.lock().clone();
         let task = Task {
@@ -521,45 +505,20 @@ impl Filler {
         flight
     }
 
-    /// Takes the flight out of the map if nobody follows it, and says whether it did: then nobody ever
-    /// will.
-    fn withdraw(&self, revision: &Revision, flight: &Arc<Flight>) -> bool {
-        let mut revisions = self.revisions.lock();
-        let alone = flight.phase.receiver_count() == 0;
-        if alone {
-            take_out(&mut revisions, revision, flight);
-        }
-        alone
-    }
-
     /// Takes the flight out of the map and tells the followers how it ended.
     fn finish(&self, revision: &Revision, flight: &Arc<Flight>, end: Result<Answered, FillError>) {
-        take_out(&mut self.revisions.lock(), revision, flight);
         self.metrics.fill_finished(match &end {
             Ok(_) => "done",
             Err(FillError::Remote(error)) => error.kind.label(),
             Err(FillError::Disk(_)) => "disk",
             Err(FillError::Stopped) => "stopped",
         });
-        flight.phase.send_replace(match end {
-            Ok(answered) => Phase::Done(answered),
-            Err(error) => Phase::Failed(error),
+        self.flights.finish(revision, flight, || {
+            flight.phase.send_replace(match end {
+                Ok(answered) => Phase::Done(answered),
+                Err(error) => Phase::Failed(error),
+            });
         });
-    }
-}
-
-/// Unless a purge or the flight itself has done so.
-fn take_out(revisions: &mut HashMap<Revision, Flights>, revision: &Revision, flight: &Arc<Flight>) {
-    if let Some(flights) = revisions.get_mut(revision) {
-        if flights
-            .get(&flight.span.start)
-            .is_some_and(|there| Arc::ptr_eq(there, flight))
-        {
-            flights.remove(&flight.span.start);
-        }
-        if flights.is_empty() {
-            revisions.remove(revision);
-        }
     }
 }
 
@@ -614,7 +573,12 @@ impl Task {
 
         let origin = self.source.origin(&self.filler.origins);
         let guard = self.source.guard();
-        let wanted = || !self.filler.withdraw(&self.source.revision, &self.flight);
+        let wanted = || {
+            !self
+                .filler
+                .flights
+                .withdraw(&self.source.revision, &self.flight)
+        };
         let mut download = match first {
             Some(read) => origin.adopt(guard, read, span.start, span.end),
             None => origin
@@ -640,7 +604,11 @@ impl Task {
     async fn left_alone(&self) {
         loop {
             self.flight.phase.closed().await;
-            if self.filler.withdraw(&self.source.revision, &self.flight) {
+            if self
+                .filler
+                .flights
+                .withdraw(&self.source.revision, &self.flight)
+            {
                 return;
             }
         }
@@ -652,22 +620,19 @@ impl Task {
         representation: &Representation,
         reservation: Reservation,
     ) -> Result<(Answered, BlockWriter), FillError> {
-        if self.flight.purged.load(Ordering::Acquire) {
-            return Err(FillError::purged());
-        }
         let key = &self.source.revision.key;
-        let held = self
-            .filler
-            .disk
-            .admit(key, representation)
-            .await
-            .map_err(disk)?;
-        if self.flight.purged.load(Ordering::Acquire) {
-            // Purged between the look and the deed: undo.
-            let target = PurgeTarget::Key(key.clone());
-            self.filler.disk.purge(target).await.map_err(disk)?;
-            return Err(FillError::purged());
-        }
+        let store = &self.filler.disk;
+        let held = unless_called_off(
+            || self.flight.purged.load(Ordering::Acquire),
+            store.admit(key, representation),
+            async {
+                let target = PurgeTarget::Key(key.clone());
+                store.purge(target).await.map(|_purged| ())
+            },
+        )
+        .await
+        .map_err(disk)?
+        .ok_or_else(FillError::purged)?;
         let span = self.flight.span;
         let range = ByteRange::from_bounds(span.start, span.end.min(representation.size))
             .ok_or_else(|| {

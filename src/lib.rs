@@ -30,10 +30,11 @@
 //!  mount · payload · telemetry · strict_s3
 //!  disk · remote
 //!  object     keys, validators, revisions
-//!  semantics  RFC 9110, pure
+//!  semantics  RFC 9110, pure (and chance)
 //! ```
 
 pub mod audit;
+mod chance;
 pub mod cli;
 pub mod config;
 pub mod disk;

@@ -35,6 +35,7 @@ use futures::future::{Either, select};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use crate::chance;
 use crate::object::{Representation, Validator};
 use crate::remote::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead};
 use crate::semantics::RangeSpec;
@@ -392,9 +393,7 @@ impl Patience {
 
 /// Between half and the whole of `pause`, so that the flights an outage cut do not return in step.
 fn jittered(pause: Duration) -> Duration {
-    use std::hash::{BuildHasher, RandomState};
-    let random = RandomState::new().hash_one(0_u8).to_le_bytes()[0];
-    pause / 2 + (pause / 2).mul_f64(f64::from(random) / 255.0)
+    pause / 2 + (pause / 2).mul_f64(chance::fraction())
 }
 
 #[cfg(test)]

@@ -826,6 +826,9 @@ impl RequestHead {
 }
 
 #[cfg(test)]
+mod proof;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -221,6 +221,21 @@ impl Queue {
         Some(std::mem::take(&mut state.work))
     }
 
+    /// Nobody will do what is queued.
+    #[cfg(test)]
+    pub(super) fn lose(&self) {
+        self.state.lock().closed = true;
+        drop(self.take());
+    }
+
+    #[cfg(test)]
+    fn take(&self) -> Work {
+        let mut state = self.state.lock();
+        state.since = None;
+        state.bytes = 0;
+        std::mem::take(&mut state.work)
+    }
+
     fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock()
     }
@@ -265,6 +280,21 @@ pub(super) fn run(shared: &Arc<Shared>, mut checkpointer: Checkpointer) {
             // Nobody waits any more: fine.
             let _ = done.send(told);
         }
+    }
+}
+
+/// The thread's work, done by whoever waits for it.
+#[cfg(test)]
+pub(super) fn settle_now(shared: &Shared) {
+    let mut work = shared.queue.take();
+    let flushes = std::mem::take(&mut work.flushes);
+    let settled = settle(shared, work, Commit::Durable);
+    for done in flushes {
+        let told = settled
+            .as_ref()
+            .copied()
+            .map_err(|error| DiskError::Catalog(error.to_string()));
+        let _ = done.send(told);
     }
 }
 

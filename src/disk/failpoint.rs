@@ -60,9 +60,7 @@ pub(super) use watched::{Watch, reached};
 mod watched {
     use std::collections::HashMap;
     use std::path::{Path, PathBuf};
-    use std::sync::{Arc, LazyLock};
-
-    use parking_lot::Mutex;
+    use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
     use super::Step;
 
@@ -70,9 +68,14 @@ mod watched {
 
     static HOOKS: LazyLock<Mutex<HashMap<PathBuf, Hook>>> = LazyLock::new(Mutex::default);
 
+    // The standard library's lock: what `tests/interleavings` puts in place of `parking_lot`'s cannot be static.
+    fn hooks() -> MutexGuard<'static, HashMap<PathBuf, Hook>> {
+        HOOKS.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Tells who watches `dir`, in the thread that took the step.
     pub(in crate::disk) fn reached(dir: &Path, step: Step) {
-        let hook = HOOKS.lock().get(dir).cloned();
+        let hook = hooks().get(dir).cloned();
         if let Some(hook) = hook {
             hook(step);
         }
@@ -86,7 +89,7 @@ mod watched {
             dir: &Path,
             hook: impl Fn(Step) + Send + Sync + 'static,
         ) -> Self {
-            let others = HOOKS.lock().insert(dir.to_owned(), Arc::new(hook));
+            let others = hooks().insert(dir.to_owned(), Arc::new(hook));
             assert!(others.is_none(), "{} is watched already", dir.display());
             Self(dir.to_owned())
         }
@@ -94,7 +97,7 @@ mod watched {
 
     impl Drop for Watch {
         fn drop(&mut self) {
-            HOOKS.lock().remove(&self.0);
+            hooks().remove(&self.0);
         }
     }
 }

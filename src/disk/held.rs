@@ -28,7 +28,7 @@ use super::coverage::{Coverage, Geometry};
 use super::extent::{FileExtent, SegmentFile};
 use super::room::Charge;
 use super::sums::{Buffered, Contents};
-use super::tier::Shared;
+use super::tier::{Shared, on_pool};
 use super::writer::BlockWriter;
 use super::{DiskError, Reservation};
 use crate::object::{Representation, Revision};
@@ -227,7 +227,7 @@ impl HeldRevision {
         // One at a time per file: checking a segment twice at once only costs.
         let turn = self.shared.opening_turn(incarnation).lock_owned().await;
         let me = self.me();
-        let opened = tokio::task::spawn_blocking(move || {
+        let opened = on_pool(move || {
             let _turn = turn;
             // Again: someone else may have opened it while we waited.
             if let Some((key, _)) = me.closed_at(offset) {

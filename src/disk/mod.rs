@@ -49,6 +49,8 @@ mod durability;
 mod extent;
 mod failpoint;
 mod held;
+#[cfg(test)]
+pub(crate) mod inline;
 pub mod offline;
 mod room;
 mod scrub;

@@ -28,11 +28,14 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinError;
 
 use super::catalog::{Catalog, Checkpointer, Db, ScrubRow, SegmentId, Start, StoredRevision};
 use super::durability::{self, KernelSync, Queue, Syncer};
 use super::failpoint::{self, Step};
 use super::held::{HeldRevision, Segment, SegmentKey};
+#[cfg(test)]
+use super::inline;
 use super::room::{Reservation, Room};
 use super::scrub::{self, Scrubber};
 use super::sweep::{self, SweptSoFar};
@@ -40,6 +43,8 @@ use super::{
     Computed, CurrentRecord, DiskConfig, DiskError, DiskStats, Lookup, MinFree, PurgeTarget,
     Purged, ScrubReport, Whole, whole,
 };
+#[cfg(test)]
+use crate::chance;
 use crate::object::{ChecksumAlgorithm, ObjectKey, Representation, Revision};
 
 /// Bytes of a segment where the capacity allows it: few enough files for 1 TB (16 thousand), small enough to evict in steps.
@@ -236,6 +241,12 @@ impl DiskTier {
             );
         }
         let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            #[cfg(test)]
+            let work = if inline::is_on() {
+                Box::new(|| ())
+            } else {
+                work
+            };
             std::thread::Builder::new()
                 .name(name.into())
                 .spawn(work)
@@ -383,7 +394,7 @@ impl DiskTier {
     /// synced are dropped and logged, and not an error here.
     pub async fn flush(&self) -> Result<(), DiskError> {
         let (done, wait) = oneshot::channel();
-        self.shared.queue.flush(done);
+        self.shared.flush(done);
         wait.await
             .unwrap_or_else(|_| Err(DiskError::Catalog("the tier has been closed".into())))
     }
@@ -548,6 +559,10 @@ impl DiskTier {
         let shared = Arc::clone(&self.shared);
         shared.closed.store(true, Ordering::Release);
         shared.queue.close();
+        #[cfg(test)]
+        if inline::is_on() {
+            durability::settle_now(&shared);
+        }
         shared.scrubber.stop();
         let threads = [&self.worker, &self.sweeper, &self.scrub].map(|thread| thread.lock().take());
         blocking(move || {
@@ -575,6 +590,13 @@ impl DiskTier {
             closed
         })
         .await
+    }
+
+    /// The process ends here: what waits to be recorded is lost.
+    #[cfg(test)]
+    pub(crate) fn crash(&self) {
+        self.shared.queue.lose();
+        *self.shared.lock.lock() = None;
     }
 
     /// Counters.
@@ -918,8 +940,21 @@ impl Shared {
     /// Waits until what was completed has a row. Failure shows as what was not recorded.
     pub(super) fn flush_blocking(&self) {
         let (done, wait) = oneshot::channel();
-        self.queue.flush(done);
+        self.flush(done);
+        #[cfg(test)]
+        if inline::is_on() {
+            return;
+        }
         let _ = wait.blocking_recv();
+    }
+
+    /// `done` hears when what was queued until now is durable.
+    fn flush(&self, done: oneshot::Sender<Result<(), DiskError>>) {
+        self.queue.flush(done);
+        #[cfg(test)]
+        if inline::is_on() {
+            durability::settle_now(self);
+        }
     }
 
     fn make_room(&self, bytes: u64) -> Result<Reservation, DiskError> {
@@ -1197,7 +1232,7 @@ impl Trouble {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, DiskError> + Send + 'static,
 ) -> Result<T, DiskError> {
-    match tokio::task::spawn_blocking(work).await {
+    match on_pool(work).await {
         Ok(result) => result,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
@@ -1214,6 +1249,21 @@ fn shard_path(dir: &Path, incarnation: u128) -> PathBuf {
 /// Where the segment file of this name is in the cache directory `dir`.
 pub(super) fn segment_path(dir: &Path, incarnation: u128) -> PathBuf {
     shard_path(dir, incarnation).join(format!("{incarnation:032x}.seg"))
+}
+
+/// Runs `work` on the pool of threads that may block; its panic is an error.
+pub(super) async fn on_pool<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, JoinError> {
+    #[cfg(test)]
+    if inline::is_on() {
+        // Others have their turn before and after, as they would have.
+        tokio::task::yield_now().await;
+        let done = work();
+        tokio::task::yield_now().await;
+        return Ok(done);
+    }
+    tokio::task::spawn_blocking(work).await
 }
 
 fn segment_size(capacity: u64, block_size: u64) -> u64 {
@@ -1281,6 +1331,10 @@ fn make_shards(dir: &Path, sync: &dyn Syncer) -> Result<(), DiskError> {
 }
 
 fn random_u64(random: &mut impl Read) -> Result<u64, DiskError> {
+    #[cfg(test)]
+    if let Some(seeded) = chance::seeded::draw() {
+        return Ok(seeded);
+    }
     let mut bytes = [0; 8];
     random
         .read_exact(&mut bytes)

@@ -1311,6 +1311,47 @@ impl Body {
     }
 }
 
+/// The way for `fuzz/` to what only a response reaches.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    use super::{Head, Headers, RangeSpec, RemoteErrorKind, classify, unsatisfied_size};
+    use crate::object::Representation;
+    use crate::semantics::ByteRange;
+
+    /// What the driver makes of the head of a response to `want`.
+    #[derive(Debug)]
+    #[expect(clippy::exhaustive_enums, reason = "closed: the ways it can go")]
+    pub enum Made {
+        /// A part.
+        Part(Representation, ByteRange),
+        /// The whole object.
+        Whole(Representation, Option<ByteRange>),
+        /// Neither.
+        Error(RemoteErrorKind),
+    }
+
+    /// `want` `None`: the request had no range.
+    pub fn head(status: u16, fields: Vec<(String, String)>, want: Option<RangeSpec>) -> Made {
+        let mut headers = Headers::new();
+        for (name, value) in fields {
+            // What is no field does not get here.
+            let _ = headers.try_append(name, value);
+        }
+        let head = Head { status, headers };
+        let made = match want {
+            Some(want) => head
+                .check_range("read", want)
+                .map(|(representation, range)| Made::Part(representation, range)),
+            None => head
+                .check_whole("read")
+                .map(|(representation, range)| Made::Whole(representation, range)),
+        };
+        let _ = (head.retry_after(), unsatisfied_size(&head, b""));
+        let _ = classify("read", &head, head.headers.get("code"));
+        made.unwrap_or_else(|error| Made::Error(error.kind))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

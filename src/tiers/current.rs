@@ -12,11 +12,12 @@
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use lru::LruCache;
 use parking_lot::Mutex;
 use tokio::sync::MutexGuard;
+use tokio::time::Instant;
 
 use super::{FirstWant, Forwarded, OpenError, Refusal, Target, Tiers, Trace, renew};
 use crate::disk::HeldRevision;
