@@ -73,6 +73,9 @@ def main():
         for revisions in options.revisions:
             failures += measure(options, directory / str(revisions), revisions)
     finally:
+        for replica in Replica.started:
+            replica.process.kill()
+            replica.process.wait()
         shutil.rmtree(directory)
     for failure in failures:
         print(f"FAILED: {failure}")
@@ -149,6 +152,9 @@ def touches(replica, rows, count, revisions):
 
 
 class Replica:
+    # To be ended, whatever else goes wrong.
+    started = []
+
     def __init__(self, options, directory):
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PINRANGE_"))}
         environment |= {
@@ -172,6 +178,7 @@ class Replica:
             self.process = subprocess.Popen(
                 [options.pinrange, "serve"], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
             )
+        Replica.started.append(self)
         line = self.process.stdout.readline()
         self.ready = time.monotonic() - self.began
         addresses = re.findall(r"http://(\S+)", line)
