@@ -88,6 +88,9 @@ const CHECKPOINT_COMMITS: u32 = if cfg!(test) { 4 } else { 64 };
 /// Blocks covered after which it is: each may have changed five pages of 4 KiB, in a catalog of millions, where no two share one.
 const CHECKPOINT_BLOCKS: usize = 2048;
 
+/// How long a connection waits for another one of this process. Only a checkpoint can be in the way, and briefly.
+const BUSY: Duration = Duration::from_secs(5);
+
 const FILE: &str = "catalog.sqlite";
 
 /// What SQLite keeps beside it.
@@ -268,12 +271,15 @@ impl Catalog {
 
     /// A connection of its own for the sweep, which reads the whole catalog and must not hold the lock meanwhile.
     pub(super) fn reader(dir: &Path) -> Result<Reader, DiskError> {
-        Connection::open(dir.join(FILE))
-            .map(|connection| Reader {
+        let open = || {
+            let connection = Connection::open(dir.join(FILE))?;
+            connection.busy_timeout(BUSY)?;
+            Ok(Reader {
                 connection,
                 dir: dir.to_owned(),
             })
-            .map_err(|error| catalog_error(&error))
+        };
+        open().map_err(|error| catalog_error(&error))
     }
 
     /// Takes the lock. Blocks while others use the catalog, so never on a runtime's worker.
@@ -785,8 +791,7 @@ impl From<rusqlite::Error> for Refused {
 /// Opens and migrates.
 fn connect(dir: &Path) -> Result<Connection, Refused> {
     let mut connection = Connection::open(dir.join(FILE))?;
-    // Only a checkpoint of our own second connection can be in the way, and briefly.
-    connection.busy_timeout(Duration::from_secs(5))?;
+    connection.busy_timeout(BUSY)?;
     connection.set_prepared_statement_cache_capacity(64);
     let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
     let applied = usize::try_from(version).map_err(|_| Refused::Newer(version))?;
