@@ -753,7 +753,13 @@ async fn beyond_the_limit_a_connection_waits_for_a_free_place() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn when_places_run_out_idle_connections_make_room_and_busy_ones_do_not() {
-    let server = Server::with(|limits| limits.max_connections = 3).await;
+    let server = Server::with(|limits| {
+        limits.max_connections = 3;
+        // Who is closed is closed for want of a place.
+        limits.timeouts.idle = PATIENT * 10;
+        limits.timeouts.header = PATIENT * 10;
+    })
+    .await;
     let mut known = server.connect().await;
     assert_eq!(known.get("/ping").await, b"pong");
     let mut silent = server.connect().await;

@@ -220,13 +220,7 @@ impl Checker<'_> {
                 default.progress_timeout,
                 timeout
             ),
-            min_rate: read!(
-                self,
-                "server",
-                raw.min_rate,
-                default.min_rate,
-                size(0..=MIB)
-            ),
+            min_rate: read!(self, "server", raw.min_rate, default.min_rate, rate),
         };
         let (listen, admin) = (server.listen, server.admin);
         let overlap = listen.ip() == admin.ip()
@@ -511,6 +505,11 @@ fn size(within: RangeInclusive<u64>) -> impl Fn(&Value) -> Result<u64, String> {
             )
         })
     }
+}
+
+/// Bytes a second. More than the most would cut honest clients.
+fn rate(value: &Value) -> Result<u64, String> {
+    size(0..=MIB)(value)
 }
 
 fn head_size(value: &Value) -> Result<usize, String> {

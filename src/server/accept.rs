@@ -1,7 +1,7 @@
 //! The accept loop: how many connections there may be, and how they end.
 //!
-//! A connection takes one of `max_connections` places *before* it is accepted. Beyond that, clients
-//! wait in the kernel's backlog rather than being refused: a downloader that opens too many
+//! A connection is served once it has one of `max_connections` places. One waits for that here, the
+//! others in the kernel's backlog rather than being refused: a downloader that opens too many
 //! connections is slowed down, and neither memory nor a file descriptor is spent on saying no.
 //!
 //! A place is for who asks for something. While clients wait, the connections that have owed us a
@@ -207,41 +207,33 @@ impl<H: Handler> Acceptor<H> {
             begin: ending.idle.clone(),
             cut: CancellationToken::new(),
         };
-        let accepting = async {
-            let mut places = Places::new(limits.max_connections);
-            let mut backoff = Backoff::default();
-            let make_room = || {
-                let displaced = serving.guests.displace(limits.max_connections);
-                handler.displaced(displaced);
-            };
-            loop {
-                let place = places.take(make_room).await;
-                let (tcp, peer) = loop {
-                    match listener.accept().await {
-                        Ok(accepted) => break accepted,
-                        Err(error) if is_peers(&error) => {
-                            tracing::debug!(%error, "a client was gone before it was accepted");
-                        }
-                        Err(error) => {
-                            handler.accept_failed();
-                            make_room();
-                            backoff.wait(&error).await;
-                        }
-                    }
-                };
-                backoff.recovered();
-                // A child token: each connection waits on a lock of its own.
-                let drain = Drain {
-                    begin: drain.begin.child_token(),
-                    cut: drain.cut.clone(),
-                };
-                let connection = Arc::clone(&serving).serve(tcp, peer, drain, place);
-                let span = tracing::info_span!("connection", client.addr = %peer);
-                connections.spawn(connection.instrument(span));
-            }
+        let mut places = Places::new(limits.max_connections);
+        let mut backoff = Backoff::default();
+        let make_room = || handler.displaced(serving.guests.displace(limits.max_connections));
+        let out_of_something = || {
+            handler.accept_failed();
+            make_room();
         };
-        // It accepts until it is told to stop, so there is no other way out.
-        let None::<Infallible> = ending.no_more.run_until_cancelled(accepting).await;
+        loop {
+            let accepting = accept(&listener, &mut backoff, out_of_something);
+            let Some((tcp, peer)) = ending.no_more.run_until_cancelled(accepting).await else {
+                break;
+            };
+            // Without one only when the drain begins while this client waits. It was accepted, so it
+            // is served: one more than the limit.
+            let place = ending
+                .no_more
+                .run_until_cancelled(places.take(make_room))
+                .await;
+            // A child token: each connection waits on a lock of its own, and leaves by itself.
+            let drain = Drain {
+                begin: drain.begin.child_token(),
+                cut: drain.cut.clone(),
+            };
+            let connection = Arc::clone(&serving).serve(tcp, peer, drain, place);
+            let span = tracing::info_span!("connection", client.addr = %peer);
+            connections.spawn(connection.instrument(span));
+        }
         drop(listener);
 
         connections.close();
@@ -287,7 +279,7 @@ impl<H: Handler> Serving<H> {
         tcp: TcpStream,
         peer: SocketAddr,
         drain: Drain,
-        _place: OwnedSemaphorePermit,
+        _place: Option<OwnedSemaphorePermit>,
     ) {
         let _open = Open::new(&*self.handler);
         if let Err(error) = tcp.set_nodelay(true) {
@@ -478,6 +470,30 @@ impl Places {
             let free = Arc::clone(&self.free).acquire_owned();
             if let Ok(place) = tokio::time::timeout(Self::LOOK_AGAIN, free).await {
                 return place.expect("the semaphore is never closed");
+            }
+        }
+    }
+}
+
+/// Accepts a connection, however often that fails, and tells `out_of_something` of each failure that is ours. Cancel
+/// safe.
+async fn accept(
+    listener: &TcpListener,
+    backoff: &mut Backoff,
+    out_of_something: impl Fn(),
+) -> (TcpStream, SocketAddr) {
+    loop {
+        match listener.accept().await {
+            Ok(accepted) => {
+                backoff.recovered();
+                return accepted;
+            }
+            Err(error) if is_peers(&error) => {
+                tracing::debug!(%error, "a client was gone before it was accepted");
+            }
+            Err(error) => {
+                out_of_something();
+                backoff.wait(&error).await;
             }
         }
     }

@@ -585,7 +585,7 @@ mod tests {
     const TIMEOUTS: Timeouts = Timeouts {
         header: Duration::ZERO,
         idle: Duration::ZERO,
-        progress: Duration::from_secs(60),
+        progress: Duration::from_mins(1),
         min_rate: 1000,
     };
 
