@@ -141,6 +141,7 @@ struct Inner {
     open_responses: Gauge,
     connections: Gauge,
     aborted: Family<ReasonLabel, Counter>,
+    rescues: Counter,
 }
 
 impl Metrics {
@@ -220,6 +221,11 @@ impl Metrics {
         self.0.aborted.get_or_create(&ReasonLabel([reason])).inc();
     }
 
+    /// Files that failed while a body was sent from them, and were replaced within it.
+    pub fn rescued(&self, rescues: u64) {
+        self.0.rescues.inc_by(rescues);
+    }
+
     /// Everything, in the format of [`Metrics::CONTENT_TYPE`]. The disk tier counts for itself, so its
     /// numbers are handed in at each scrape; `None`: there is no disk tier (yet).
     #[expect(clippy::missing_panics_doc, reason = "writing to a String cannot fail")]
@@ -260,6 +266,7 @@ impl Default for Inner {
             open_responses: Gauge::default(),
             connections: Gauge::default(),
             aborted: Family::default(),
+            rescues: Counter::default(),
         };
         inner.registered()
     }
@@ -306,6 +313,11 @@ impl Inner {
             "aborted",
             "Bodies that were cut after their head, by reason",
             self.aborted.clone(),
+        );
+        registry.register(
+            "rescues",
+            "Files that failed while they were sent, and whose bytes were brought from elsewhere",
+            self.rescues.clone(),
         );
         registry.register(
             "connections",
@@ -584,6 +596,7 @@ mod tests {
         metrics.open_responses(1);
         metrics.connections(2);
         metrics.aborted("remote");
+        metrics.rescued(2);
     }
 
     #[test]
@@ -665,6 +678,7 @@ mod tests {
             ("pinrange_disk_evictions_total", "3"),
             ("pinrange_disk_evicted_bytes_total", "4"),
             ("pinrange_disk_quarantines_total", "6"),
+            ("pinrange_rescues_total", "2"),
             ("pinrange_disk_open_files", "7"),
             ("pinrange_disk_revisions", "5"),
             ("pinrange_disk_degraded", "1"),

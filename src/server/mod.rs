@@ -27,4 +27,5 @@ pub mod handler;
 pub mod io;
 pub mod page_in;
 pub mod replica;
+mod rescue;
 pub mod respond;
