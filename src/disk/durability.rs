@@ -235,6 +235,10 @@ pub(super) fn run(shared: &Arc<Shared>, mut checkpointer: Checkpointer) {
         } else {
             Commit::Durable
         };
+        // While it is overdue no more is taken on that would have to wait here too.
+        let _busy = shared
+            .watch
+            .begin("make segments durable", shared.watch.limits.sync);
         let settled = settle(shared, work, commit);
         checkpointer.committed();
         if let Err(error) = &settled {

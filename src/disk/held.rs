@@ -218,7 +218,7 @@ impl HeldRevision {
     /// gone, short, or (after an unclean stop) not what its checksums say, its coverage is dropped
     /// instead: the next step says Missing. Where it cannot be opened for now (descriptors used
     /// up, disk trouble), memory forgets the segment and the file is kept, so that the caller goes
-    /// on and a later load finds it again.
+    /// on and a later load finds it again. Where the disk hangs, it stays closed: the next step says so again.
     ///
     /// Dropping the future leaves the work to finish by itself.
     pub async fn open_at(&self, offset: u64) {
@@ -226,16 +226,22 @@ impl HeldRevision {
             return;
         };
         // One at a time per file: checking a segment twice at once only costs.
-        let turn = self.shared.opening_turn(incarnation).lock_owned().await;
+        let watch = &self.shared.watch;
+        let limit = watch.limits.open;
+        let turn = self.shared.opening_turn(incarnation).lock_owned();
+        let Ok(turn) = tokio::time::timeout(limit, turn).await else {
+            return;
+        };
         let me = self.me();
-        let opened = tokio::task::spawn_blocking(move || {
+        let opened = watch.run("open a segment file", limit, move || {
             let _turn = turn;
             // Again: someone else may have opened it while we waited.
             if let Some((key, _)) = me.closed_at(offset) {
                 me.open(key);
             }
+            Ok(())
         });
-        // A panic in there has been reported by its hook; the next step tells what came of it.
+        // The next step tells what came of it; of a disk that hangs, the watch has told.
         let _ = opened.await;
     }
 

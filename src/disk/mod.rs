@@ -23,7 +23,8 @@
 //!    ├ writer.rs    BlockWriter, WriterView: bytes in order into segment files
 //!    ├ durability.rs  the one thread that syncs data, then commits coverage
 //!    ├ catalog.rs   SQLite
-//!    └ room.rs      the account of bytes: Reservation → Charge
+//!    ├ room.rs      the account of bytes: Reservation → Charge
+//!    └ watch.rs     how long the disk is waited for
 //! ```
 //!
 //! **Warm:** [`DiskTier::lookup`] → [`HeldRevision::step`] → [`FileExtent`]: two short locks, no
@@ -44,6 +45,7 @@ mod room;
 #[cfg(test)]
 mod tests;
 mod tier;
+mod watch;
 mod writer;
 
 use std::io;
@@ -120,6 +122,12 @@ pub enum DiskError {
     /// Catalog error.
     #[error("catalog: {0}")]
     Catalog(String),
+    /// The disk does not answer in time: go past it. What was begun goes on.
+    #[error("the cache disk hangs: could not {what} in time")]
+    Hangs {
+        /// What was being done.
+        what: &'static str,
+    },
 }
 
 impl DiskError {

@@ -33,6 +33,7 @@ use super::catalog::{Catalog, Db, SegmentId, StoredRevision};
 use super::durability::{self, KernelSync, Queue, Syncer};
 use super::held::{HeldRevision, Segment, SegmentKey};
 use super::room::{Reservation, Room};
+use super::watch::{Limits, Watch};
 use super::{
     CurrentRecord, DiskConfig, DiskError, DiskStats, Lookup, MinFree, PurgeTarget, Purged,
 };
@@ -74,6 +75,7 @@ pub(super) struct Shared {
     pub(super) queue: Queue,
     pub(super) sync: Box<dyn Syncer>,
     pub(super) trouble: Trouble,
+    pub(super) watch: Arc<Watch>,
     /// Segments recorded by this run or an earlier one are verified before they are served.
     pub(super) suspect_run: i64,
     revisions: Mutex<Revisions>,
@@ -113,6 +115,7 @@ struct FreeSpace {
 /// What tests change.
 pub(super) struct Seams {
     pub(super) sync: Box<dyn Syncer>,
+    pub(super) limits: Limits,
     pub(super) revisions_in_memory: usize,
     pub(super) max_open_files: usize,
 }
@@ -127,6 +130,7 @@ impl Default for Seams {
             });
         Self {
             sync: Box::new(KernelSync),
+            limits: Limits::default(),
             revisions_in_memory: REVISIONS_IN_MEMORY,
             max_open_files: quarter.clamp(16, 1 << 16),
         }
@@ -175,6 +179,7 @@ impl DiskTier {
             queue: Queue::default(),
             sync: seams.sync,
             trouble: Trouble::default(),
+            watch: Watch::new(seams.limits),
             suspect_run: start.suspect_run,
             revisions: Mutex::new(Revisions {
                 by_name: HashMap::new(),
@@ -223,6 +228,11 @@ impl DiskTier {
         }))
     }
 
+    #[cfg(test)]
+    pub(super) fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
+    }
+
     /// Unit of coverage in bytes.
     pub fn block_size(&self) -> u64 {
         self.shared.block_size
@@ -242,10 +252,16 @@ impl DiskTier {
             return Some(held);
         }
         let (shared, wanted) = (Arc::clone(&self.shared), revision.clone());
-        match blocking(move || shared.load(wanted)).await {
+        let limit = self.shared.watch.limits.catalog;
+        let loaded = self
+            .shared
+            .watch
+            .run("look up a revision", limit, move || shared.load(wanted));
+        match loaded.await {
             Ok(held) => held,
             Err(error) => {
-                tracing::error!(%error, key = ?revision.key, "could not look up a revision: taken as not held");
+                self.shared
+                    .unanswered("could not look up a revision: taken as not held", &error);
                 None
             }
         }
@@ -274,7 +290,11 @@ impl DiskTier {
             return Ok(held);
         }
         let (shared, representation) = (Arc::clone(&self.shared), representation.clone());
-        blocking(move || shared.admit(revision, &representation)).await
+        let limit = self.shared.watch.limits.catalog;
+        let admitted = self.shared.watch.run("record a revision", limit, move || {
+            shared.admit(revision, &representation)
+        });
+        admitted.await
     }
 
     /// What was current when last asked; survives a restart. `None` as well if the catalog is in
@@ -284,16 +304,21 @@ impl DiskTier {
             return pending.0;
         }
         let (shared, wanted) = (Arc::clone(&self.shared), key.clone());
-        let found = blocking(move || {
-            let db = shared.catalog.lock()?;
-            // Under the lock: a purge or a commit may have come in between.
-            match shared.queue.pending_current(&wanted) {
-                Some(pending) => Ok(pending.0),
-                None => db.current(&wanted),
-            }
-        });
+        let limit = self.shared.watch.limits.catalog;
+        let found = self
+            .shared
+            .watch
+            .run("look up what was current", limit, move || {
+                let db = shared.catalog.lock()?;
+                // Under the lock: a purge or a commit may have come in between.
+                match shared.queue.pending_current(&wanted) {
+                    Some(pending) => Ok(pending.0),
+                    None => db.current(&wanted),
+                }
+            });
         found.await.unwrap_or_else(|error| {
-            tracing::error!(%error, ?key, "could not look up what was current");
+            self.shared
+                .unanswered("could not look up what was current", &error);
             None
         })
     }
@@ -313,10 +338,15 @@ impl DiskTier {
     /// Cancelling does not stop it.
     ///
     /// # Errors
-    /// [`DiskError::Catalog`]: nothing was purged.
+    /// [`DiskError::Catalog`]: nothing was purged. [`DiskError::Hangs`]: it may be yet, once the disk answers.
     pub async fn purge(&self, target: PurgeTarget) -> Result<Purged, DiskError> {
         let shared = Arc::clone(&self.shared);
-        blocking(move || shared.purge(&target)).await
+        let limit = self.shared.watch.limits.sync;
+        let purged = self
+            .shared
+            .watch
+            .run("purge", limit, move || shared.purge(&target));
+        purged.await
     }
 
     /// Room for `bytes`, evicting least recently used segments if need be.
@@ -327,6 +357,7 @@ impl DiskTier {
         let shared = &self.shared;
         if shared.closed.load(Ordering::Acquire)
             || shared.trouble.refuses_writes()
+            || shared.watch.overdue().is_some()
             || bytes > shared.room.capacity()
         {
             return Err(DiskError::NoRoom);
@@ -339,7 +370,11 @@ impl DiskTier {
             return Ok(reservation);
         }
         let shared = Arc::clone(shared);
-        blocking(move || shared.make_room(bytes)).await
+        let limit = shared.watch.limits.write;
+        let watch = Arc::clone(&shared.watch);
+        watch
+            .run("make room", limit, move || shared.make_room(bytes))
+            .await
     }
 
     /// Waits until every block completed before the call is durable: it survives power loss.
@@ -364,7 +399,10 @@ impl DiskTier {
         self.shared.queue.close();
         let threads = [self.worker.lock().take(), self.sweeper.lock().take()];
         let shared = Arc::clone(&self.shared);
-        blocking(move || {
+        // Threads that hang do not end, and the process is not to hang with them.
+        let limit = self.shared.watch.limits.sync;
+        let watch = Arc::clone(&self.shared.watch);
+        let closed = watch.run("close the catalog", limit, move || {
             for thread in threads.into_iter().flatten() {
                 if thread.join().is_err() {
                     return Err(DiskError::Catalog(
@@ -377,8 +415,8 @@ impl DiskTier {
             let closed = shared.catalog.close(&touched);
             *shared.lock.lock() = None;
             closed
-        })
-        .await
+        });
+        closed.await
     }
 
     /// Counters.
@@ -392,7 +430,7 @@ impl DiskTier {
             quarantines: shared.quarantines.load(Ordering::Relaxed),
             revisions_in_memory: shared.revisions.lock().by_name.len() as u64,
             open_files: shared.room.open_files() as u64,
-            degraded: shared.trouble.refuses_writes(),
+            degraded: shared.trouble.refuses_writes() || shared.watch.overdue().is_some(),
         }
     }
 }
@@ -409,6 +447,15 @@ impl Drop for DiskTier {
 }
 
 impl Shared {
+    /// A request goes on without an answer of the catalog. The trouble behind it is reported elsewhere, once; this is
+    /// each request's share of it.
+    fn unanswered(&self, what: &'static str, error: &DiskError) {
+        match error {
+            DiskError::Hangs { .. } => tracing::debug!(%error, what),
+            _ => tracing::error!(%error, what),
+        }
+    }
+
     /// The next recency stamp. Logical, so that a clock that jumps does not reorder eviction.
     pub(super) fn tick(&self) -> u64 {
         self.clock.fetch_add(1, Ordering::Relaxed)
@@ -936,19 +983,6 @@ impl Trouble {
                 .since
                 .lock()
                 .is_some_and(|since| since.elapsed() < DEGRADED_FOR)
-    }
-}
-
-/// Runs `work` off the runtime's workers.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, DiskError> + Send + 'static,
-) -> Result<T, DiskError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(_) => Err(DiskError::Catalog("the runtime is shutting down".into())),
-        },
     }
 }
 

@@ -25,7 +25,7 @@ use super::durability::CompletedBlock;
 use super::extent::{FileExtent, SegmentFile};
 use super::held::{HeldRevision, SegmentKey, State};
 use super::room::{Charge, Reservation};
-use super::tier::blocking;
+use super::watch::Watch;
 use crate::semantics::ByteRange;
 
 /// Bytes of one `pwritev`. A large one holds the inode's lock against senders: 1 MiB stalled
@@ -40,6 +40,7 @@ pub struct BlockWriter {
     /// `None` while a write is under way, and for good if its future was dropped.
     cursor: Option<Cursor>,
     view: Arc<WriterView>,
+    watch: Arc<Watch>,
 }
 
 impl BlockWriter {
@@ -59,6 +60,7 @@ impl BlockWriter {
             "a writer ends in the middle of a block or beyond the end: {range:?} of {}",
             g.size
         );
+        let watch = Arc::clone(&held.shared.watch);
         let view = Arc::new(WriterView {
             start: range.start(),
             cursor: AtomicU64::new(range.start()),
@@ -74,10 +76,14 @@ impl BlockWriter {
             view: Arc::clone(&view),
         };
         // Now, so that a disk that takes no new file is known before the remote is asked.
-        let cursor = blocking(move || cursor.enter().map(|()| cursor)).await?;
+        let limit = watch.limits.write;
+        let entered = watch.run("make a segment file", limit, move || {
+            cursor.enter().map(|()| cursor)
+        });
         Ok(Self {
-            cursor: Some(cursor),
+            cursor: Some(entered.await?),
             view,
+            watch,
         })
     }
 
@@ -89,8 +95,9 @@ impl BlockWriter {
     ///
     /// # Errors
     /// [`DiskError::NoRoom`] when the reservation is used up or the file was dropped as bad,
-    /// [`DiskError::Purged`], or [`DiskError::Io`]. The cursor tells what was written all the same;
-    /// the writer is fit only to be dropped.
+    /// [`DiskError::Purged`], [`DiskError::Io`], or [`DiskError::Hangs`] when the disk does not take them in
+    /// time; what hangs may still be written. The cursor tells what was written all the same; the writer
+    /// is fit only to be dropped.
     ///
     /// # Panics
     /// If the chunks reach beyond the range, or after a call that was cancelled or failed.
@@ -99,8 +106,11 @@ impl BlockWriter {
             .cursor
             .take()
             .expect("the last write completed, as the contract demands");
-        let written = blocking(move || cursor.write(chunks).map(|()| cursor)).await;
-        self.cursor = Some(written?);
+        let limit = self.watch.limits.write;
+        let written = self.watch.run("write to a segment", limit, move || {
+            cursor.write(chunks).map(|()| cursor)
+        });
+        self.cursor = Some(written.await?);
         Ok(())
     }
 

@@ -361,6 +361,10 @@ impl Inner {
             }
             let gap = match &self.held {
                 None => Some(first),
+                // The disk hangs; it would be said after the head otherwise, and the remote not asked before.
+                Some(held) if matches!(held.step(first), Step::Closed) => {
+                    return self.hold_back_direct(first, trace, started).await;
+                }
                 Some(held) => ranges.iter().find_map(|range| held.first_missing(*range)),
             };
             let Some(gap) = gap else {
