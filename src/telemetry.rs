@@ -399,8 +399,13 @@ fn disk_registry(stats: &DiskStats) -> Registry {
     );
     registry.register(
         "degraded",
-        "1 while writes are refused because of disk trouble",
+        "1 while the disk is in trouble: writes are refused, or it hangs, or it is out",
         ConstGauge::new(u64::from(stats.degraded)),
+    );
+    registry.register(
+        "out",
+        "1 while the cache directory cannot be used at all",
+        ConstGauge::new(u64::from(stats.out)),
     );
     registry
 }
@@ -612,6 +617,7 @@ mod tests {
             open_files: 7,
             revisions_in_memory: 5,
             degraded: true,
+            out: true,
         };
         let samples = parse(&metrics.encode(Some(&stats)));
         for (series, value) in [
@@ -682,6 +688,7 @@ mod tests {
             ("pinrange_disk_open_files", "7"),
             ("pinrange_disk_revisions", "5"),
             ("pinrange_disk_degraded", "1"),
+            ("pinrange_disk_out", "1"),
             (
                 concat!(
                     "pinrange_build_info{version=\"",

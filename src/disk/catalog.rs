@@ -15,12 +15,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, params};
 
 use super::coverage::Coverage;
+use super::revive::{Identity, identity, useless};
 use super::{CurrentRecord, DiskError, PurgeTarget};
 use crate::object::{ObjectKey, Representation, Revision, Validator};
 
@@ -185,6 +188,10 @@ pub(super) struct Start {
 /// The lock around the one connection; closed for good by [`Catalog::close`].
 pub(super) struct Catalog {
     db: Mutex<Option<Db>>,
+    /// The file, for as long as it is open.
+    file: Mutex<Option<Identity>>,
+    /// A query found it damaged.
+    found_damaged: Arc<AtomicBool>,
 }
 
 /// The open catalog.
@@ -192,21 +199,93 @@ pub(super) struct Db {
     connection: Connection,
     run: i64,
     damaged: PathBuf,
+    found_damaged: Arc<AtomicBool>,
 }
 
 impl Catalog {
+    /// The database's name in the directory.
+    pub(super) const FILE: &str = FILE;
+
+    /// None: whoever asks is told that the tier is closed.
+    pub(super) fn absent() -> Self {
+        Self {
+            db: Mutex::new(None),
+            file: Mutex::new(None),
+            found_damaged: Arc::default(),
+        }
+    }
+
+    /// Puts another one in the place of this absent one.
+    pub(super) fn replace(&self, mut other: Self) {
+        let mut slot = self.db.lock();
+        if let Some(db) = other.db.get_mut() {
+            // One flag for all who look at this one.
+            db.found_damaged = Arc::clone(&self.found_damaged);
+            self.found_damaged.store(false, Ordering::Release);
+        }
+        *self.file.lock() = other.file.get_mut().take();
+        *slot = other.db.get_mut().take();
+    }
+
+    /// Closes it as it is, and touches nothing in the directory: its name may lead to another file by now.
+    pub(super) fn abandon(&self) {
+        let mut slot = self.db.lock();
+        *self.file.lock() = None;
+        if let Some(db) = slot.take() {
+            // Else the last connection removes the log, by its name.
+            let kept = db
+                .connection
+                .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true);
+            if let Err(error) = kept {
+                tracing::warn!(%error, "could not keep the log of a catalog that is given up");
+            }
+        }
+    }
+
+    /// Whether a query found it damaged.
+    pub(super) fn is_damaged(&self) -> bool {
+        self.found_damaged.load(Ordering::Acquire)
+    }
+
+    /// It is no more use than a damaged one.
+    pub(super) fn distrust(&self) {
+        self.found_damaged.store(true, Ordering::Release);
+    }
+
+    /// Has the next [`Catalog::open`] set it aside.
+    pub(super) fn mark_damaged(dir: &Path) -> Result<(), DiskError> {
+        let path = dir.join(DAMAGED);
+        fs::write(&path, "").map_err(|error| DiskError::io("write", &path, error))
+    }
+
+    /// Whether it will.
+    pub(super) fn is_marked(dir: &Path) -> bool {
+        dir.join(DAMAGED).exists()
+    }
+
+    /// The file that is open.
+    pub(super) fn identity(&self) -> std::io::Result<Identity> {
+        self.file
+            .lock()
+            .ok_or_else(|| std::io::ErrorKind::NotFound.into())
+    }
+
     /// Opens `dir`'s catalog and begins a run. A catalog that is damaged or newer than this
     /// program is set aside, and an empty one begun: a cache that starts cold beats one that does not.
     pub(super) fn open(dir: &Path) -> Result<(Self, Start), DiskError> {
         let path = dir.join(FILE);
         let damaged = dir.join(DAMAGED);
-        if damaged.exists() {
+        if Self::is_marked(dir) {
             set_aside(
                 &path,
                 "corrupt",
                 "a query found it damaged during the last run",
             )?;
             remove(&damaged)?;
+        }
+        let files = ["", "-wal", "-shm"].map(|suffix| dir.join(format!("{FILE}{suffix}")));
+        if let Some(reason) = useless(files.iter().map(PathBuf::as_path)) {
+            set_aside(&path, "unusable", &reason)?;
         }
         let opened = match connect(&path) {
             Ok(connection) => Ok(connection),
@@ -235,12 +314,18 @@ impl Catalog {
             connection,
             run: 0,
             damaged,
+            found_damaged: Arc::default(),
         };
         let start = db.begin_run()?;
         db.run = start.run;
+        let file = identity(fs::metadata(&path))
+            .map_err(|error| DiskError::io("look at", &path, error))?;
+        let found_damaged = Arc::clone(&db.found_damaged);
         Ok((
             Self {
                 db: Mutex::new(Some(db)),
+                file: Mutex::new(Some(file)),
+                found_damaged,
             },
             start,
         ))
@@ -249,6 +334,10 @@ impl Catalog {
     /// A second connection, for checkpoints: they sync, and must not hold the lock meanwhile.
     pub(super) fn checkpointer(dir: &Path) -> Result<Checkpointer, DiskError> {
         let connection = Connection::open(dir.join(FILE)).map_err(|error| catalog_error(&error))?;
+        // It must not be the one that removes the log: the directory may be another's by then.
+        connection
+            .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
+            .map_err(|error| catalog_error(&error))?;
         Ok(Checkpointer {
             connection,
             commits: 0,
@@ -342,11 +431,10 @@ impl Db {
     }
 
     fn failed(&self, error: &rusqlite::Error) -> DiskError {
-        if is_damage(error) && fs::write(&self.damaged, error.to_string()).is_ok() {
-            tracing::error!(
-                %error,
-                "the catalog is damaged; the next start sets it aside and begins an empty one"
-            );
+        if is_damage(error) && !self.found_damaged.swap(true, Ordering::AcqRel) {
+            tracing::error!(%error, "the catalog is damaged: it is set aside, and an empty one begun");
+            // For the next start, should that come first.
+            let _ = fs::write(&self.damaged, error.to_string());
         }
         catalog_error(error)
     }

@@ -173,6 +173,11 @@ impl Queue {
         self.wake.notify_one();
     }
 
+    /// Takes entries again, once the thread has ended and another one is about to be started.
+    pub(super) fn reopen(&self) {
+        *self.state.lock() = QueueState::default();
+    }
+
     fn push(&self, add: impl FnOnce(&mut QueueState)) {
         let mut state = self.state.lock();
         if state.closed {
@@ -331,12 +336,15 @@ fn settle(shared: &Shared, work: Work, commit: Commit) -> Result<(), DiskError> 
     });
     match &result {
         Ok(()) => {
+            shared.unrecorded.over();
             for (grown, last_used) in recorded {
                 grown.recorded(last_used);
             }
         }
         Err(error) => {
             let error = io::Error::other(error.to_string());
+            // What is written now could not be recorded either, and would be fetched in vain.
+            shared.unrecorded.note("record in", &shared.dir, &error);
             for grown in grown.iter().filter(|grown| grown.file.is_some()) {
                 shared.quarantine(&grown.held, grown.key, &error);
             }

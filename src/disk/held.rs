@@ -172,8 +172,11 @@ impl HeldRevision {
                 return;
             }
             state.representation = Arc::clone(&representation);
+            // Under the lock: another catalog may give the number of a doomed one to another revision.
+            if !self.is_doomed() {
+                self.shared.queue.update(self.id, representation);
+            }
         }
-        self.shared.queue.update(self.id, representation);
     }
 
     /// Purged: nothing new may be written or found through it.
@@ -466,7 +469,7 @@ impl State {
             charge: Charge::new(&shared.room, row.bytes),
             last_used: row.last_used,
             stored_last_used: row.last_used,
-            suspect: row.run <= shared.suspect_run,
+            suspect: row.run <= shared.suspect_run.load(Ordering::Acquire),
             recorded: true,
         };
         self.add(row.idx, segment);

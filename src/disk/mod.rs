@@ -24,7 +24,8 @@
 //!    ├ durability.rs  the one thread that syncs data, then commits coverage
 //!    ├ catalog.rs   SQLite
 //!    ├ room.rs      the account of bytes: Reservation → Charge
-//!    └ watch.rs     how long the disk is waited for
+//!    ├ watch.rs     how long the disk is waited for
+//!    └ revive.rs    a directory that vanished or broke: let go of, and opened again
 //! ```
 //!
 //! **Warm:** [`DiskTier::lookup`] → [`HeldRevision::step`] → [`FileExtent`]: two short locks, no
@@ -41,6 +42,7 @@ mod coverage;
 mod durability;
 mod extent;
 mod held;
+mod revive;
 mod room;
 #[cfg(test)]
 mod tests;
@@ -214,6 +216,8 @@ pub struct DiskStats {
     pub revisions_in_memory: u64,
     /// Segment files open, those that responses hold included.
     pub open_files: u64,
-    /// Whether writes are being refused for now (disk trouble).
+    /// Whether writes are being refused for now, or nothing can be read either (disk trouble).
     pub degraded: bool,
+    /// Whether the directory is not in use at all: it could not be opened, or went away.
+    pub out: bool,
 }

@@ -1249,3 +1249,189 @@ async fn a_file_that_does_not_open_is_not_waited_for() {
     assert!(matches!(held.step(range(0, 1)), Step::Missing(_)));
     put(&tier, "x", BLOCK).await;
 }
+
+// === a directory that goes away, and comes back ===
+
+fn empty(dir: &Path) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            remove(&path);
+        } else {
+            fs::remove_file(path).unwrap();
+        }
+    }
+}
+
+/// The tier may make a file in it just now.
+fn remove(dir: &Path) {
+    while let Err(error) = fs::remove_dir_all(dir) {
+        assert_eq!(error.kind(), io::ErrorKind::DirectoryNotEmpty);
+    }
+}
+
+#[tokio::test]
+async fn a_directory_that_was_deleted_or_replaced_is_begun_anew() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("cache");
+    let tier = open(&dir);
+    put(&tier, "forgotten", SEGMENT).await;
+    tier.flush().await.unwrap();
+    let ways: [fn(&Path); 4] = [
+        empty,
+        remove,
+        |dir| fs::rename(dir, dir.with_file_name("elsewhere")).unwrap(),
+        |dir| remove(&dir.join("segments")),
+    ];
+    for (round, take_away) in ways.into_iter().enumerate() {
+        let name = format!("x{round}");
+        let held = put(&tier, &name, SEGMENT).await;
+        tier.flush().await.unwrap();
+        let Step::Present(extent) = held.step(range(0, SEGMENT)) else {
+            panic!()
+        };
+        let reservation = tier.reserve(SEGMENT).await.unwrap();
+        let started = admit(&tier, "started", SEGMENT).await;
+        let mut writer = started
+            .writer(range(0, SEGMENT), reservation)
+            .await
+            .unwrap();
+
+        take_away(&dir);
+        tier.look_after();
+        assert!(!tier.stats().out, "{round}: {:?}", tier.trouble());
+        assert!(held.is_doomed());
+        assert_eq!(bytes_of(&extent), body(&name, SEGMENT), "sent to its end");
+        drop(extent);
+        let refused = writer.write(vec![body("started", SEGMENT).into()]).await;
+        assert!(matches!(refused, Err(DiskError::Purged)), "{refused:?}");
+        drop(writer);
+        // A re-upload of equal bytes, told to a revision of the old catalog: the new one numbers its own.
+        let late = Representation {
+            headers: Vec::new(),
+            ..representation("a", SEGMENT)
+        };
+        held.update_representation(Arc::new(late));
+        drop((held, started));
+
+        let again = put(&tier, &name, SEGMENT).await;
+        assert_holds(&again, &name, range(0, SEGMENT)).await;
+        tier.flush().await.unwrap();
+        assert_eq!(tier.stats().used_bytes, SEGMENT, "{round}");
+        assert_eq!(segment_files(&dir).len(), 1, "{round}");
+        assert_eq!(rows(&dir, "segments"), 1, "{round}");
+        let stored = tier.load(&revision(&name, "a")).await.unwrap();
+        assert!(!stored.representation().headers.is_empty(), "{round}");
+        let second = DiskTier::open(config(&dir)).err();
+        assert!(
+            matches!(second, Some(DiskError::Locked { .. })),
+            "{second:?}"
+        );
+        tier.look_after();
+        assert!(!again.is_doomed(), "all is well");
+        tier.purge(PurgeTarget::Key(key(&name))).await.unwrap();
+    }
+    tier.close().await.unwrap();
+    assert_eq!(rows(&dir, "meta WHERE name = 'clean' AND value = 1"), 1);
+}
+
+#[tokio::test]
+async fn a_single_shard_that_was_deleted_is_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    for shard in 0..=255 {
+        fs::remove_dir(dir.path().join(format!("segments/{shard:02x}"))).unwrap();
+    }
+    let held = put(&tier, "x", SEGMENT).await;
+    tier.flush().await.unwrap();
+    assert_holds(&held, "x", range(0, SEGMENT)).await;
+    assert_eq!(rows(dir.path(), "segments"), 1);
+}
+
+#[tokio::test]
+async fn a_catalog_that_is_damaged_while_it_is_used_is_set_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    for n in 0..200 {
+        admit(&tier, &format!("{n}{}", "long".repeat(50)), BLOCK).await;
+    }
+    let kept = put(&tier, "kept", BLOCK).await;
+    tier.close().await.unwrap();
+    let tier = open(dir.path());
+    let file = OpenOptions::new()
+        .write(true)
+        .open(dir.path().join("catalog.sqlite"))
+        .unwrap();
+    let len = file.metadata().unwrap().len();
+    file.write_all_at(&vec![0; (len - 4096) as usize], 4096)
+        .unwrap();
+
+    assert!(
+        tier.load(kept.revision()).await.is_none(),
+        "it cannot be looked up"
+    );
+    tier.look_after();
+    assert!(!tier.stats().out, "{:?}", tier.trouble());
+    let aside = fs::read_dir(dir.path()).unwrap().filter(|entry| {
+        let name = entry.as_ref().unwrap().file_name();
+        name.to_str()
+            .unwrap()
+            .starts_with("catalog.sqlite.corrupt-")
+    });
+    assert!(aside.count() > 0);
+    put(&tier, "x", BLOCK).await;
+    tier.flush().await.unwrap();
+    tier.look_after();
+    assert!(tier.load(&revision("x", "a")).await.is_some());
+    tier.close().await.unwrap();
+    let tier = open(dir.path());
+    assert!(
+        tier.load(&revision("x", "a")).await.is_some(),
+        "it is sound again"
+    );
+}
+
+/// Damage in what the start itself reads.
+#[tokio::test]
+async fn a_catalog_that_cannot_begin_a_run_is_set_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    open(dir.path()).close().await.unwrap();
+    let catalog = Connection::open(dir.path().join("catalog.sqlite")).unwrap();
+    catalog
+        .execute("DELETE FROM meta WHERE name = 'suspect_run'", [])
+        .unwrap();
+    drop(catalog);
+    let tier = open(dir.path());
+    assert!(!tier.stats().out, "{:?}", tier.trouble());
+    put(&tier, "x", BLOCK).await;
+}
+
+#[tokio::test]
+async fn a_tier_that_cannot_be_opened_is_out_until_it_can() {
+    let dir = tempfile::tempdir().unwrap();
+    // No mistake of a configuration, but nothing to work with.
+    let obstacle = dir.path().join("lock");
+    fs::create_dir(&obstacle).unwrap();
+    let tier = open(dir.path());
+    assert!(tier.stats().out && tier.stats().degraded);
+    let trouble = tier.trouble().unwrap();
+    assert!(trouble.contains("lock"), "{trouble}");
+    assert!(matches!(tier.reserve(1).await, Err(DiskError::NoRoom)));
+    assert!(tier.load(&revision("x", "a")).await.is_none());
+    assert!(tier.last_current(&key("x")).await.is_none());
+    assert!(tier.purge(PurgeTarget::Key(key("x"))).await.is_err());
+    fs::remove_dir(&obstacle).unwrap();
+    until("the keeper opens it", || !tier.stats().out).await;
+    assert_eq!(tier.trouble(), None);
+    put(&tier, "x", BLOCK).await;
+    tier.close().await.unwrap();
+
+    fs::create_dir(dir.path().join("other")).unwrap();
+    let other = dir.path().join("other/lock");
+    fs::create_dir(&other).unwrap();
+    let tier = open(&dir.path().join("other"));
+    tier.close().await.unwrap();
+    fs::remove_dir(&other).unwrap();
+    tier.look_after();
+    assert!(tier.stats().out, "what was closed is not opened again");
+}

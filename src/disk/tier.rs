@@ -16,12 +16,11 @@
 //!   segments that memory does not know go first, and no list of all segments is needed.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -29,9 +28,10 @@ use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 use tokio::sync::oneshot;
 
-use super::catalog::{Catalog, Db, SegmentId, StoredRevision};
+use super::catalog::{Catalog, Checkpointer, Db, SegmentId, Start, StoredRevision};
 use super::durability::{self, KernelSync, Queue, Syncer};
 use super::held::{HeldRevision, Segment, SegmentKey};
+use super::revive::{self, Keeper};
 use super::room::{Reservation, Room};
 use super::watch::{Limits, Watch};
 use super::{
@@ -59,14 +59,14 @@ const CANDIDATES: u32 = 128;
 
 /// The tier.
 pub struct DiskTier {
-    shared: Arc<Shared>,
-    worker: Mutex<Option<JoinHandle<()>>>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) worker: Mutex<Option<JoinHandle<()>>>,
     pub(super) sweeper: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// What the parts of the tier share.
 pub(super) struct Shared {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     min_free: MinFree,
     pub(super) block_size: u64,
     segment_size: u64,
@@ -74,22 +74,26 @@ pub(super) struct Shared {
     pub(super) catalog: Catalog,
     pub(super) queue: Queue,
     pub(super) sync: Box<dyn Syncer>,
+    /// With segment files.
     pub(super) trouble: Trouble,
+    /// With the catalog: written, but not recorded.
+    pub(super) unrecorded: Trouble,
+    pub(super) keeper: Keeper,
     pub(super) watch: Arc<Watch>,
     /// Segments recorded by this run or an earlier one are verified before they are served.
-    pub(super) suspect_run: i64,
+    pub(super) suspect_run: AtomicI64,
     revisions: Mutex<Revisions>,
     /// One eviction at a time, else each would evict for all.
     evictor: Mutex<()>,
-    free_space: Mutex<Option<FreeSpace>>,
-    clock: AtomicU64,
-    random: File,
+    pub(super) free_space: Mutex<Option<FreeSpace>>,
+    pub(super) clock: AtomicU64,
+    pub(super) random: File,
     /// The low half of every incarnation of this run: leftovers of earlier ones are told by it.
-    run_mark: u64,
+    pub(super) run_mark: AtomicU64,
     opening: Vec<Arc<tokio::sync::Mutex<()>>>,
     max_open_files: usize,
     closed: AtomicBool,
-    lock: Mutex<Option<File>>,
+    pub(super) lock: Mutex<Option<File>>,
     evictions: AtomicU64,
     evicted_bytes: AtomicU64,
     quarantines: AtomicU64,
@@ -103,7 +107,7 @@ struct Revisions {
 }
 
 #[derive(Clone, Copy)]
-struct FreeSpace {
+pub(super) struct FreeSpace {
     at: Instant,
     /// What the file system had left beyond `min_free` and what was promised to writers; below 0
     /// where others filled it.
@@ -142,9 +146,12 @@ impl DiskTier {
     /// Files that no row names are removed in the background. Blocking, but for milliseconds
     /// whatever is held.
     ///
+    /// A directory that is full, read-only or fails is no error: the tier is [out](DiskTier::trouble) then, and comes
+    /// back when the disk does.
+    ///
     /// # Errors
-    /// [`DiskError::Locked`] if a process has it open; [`DiskError::Io`] and
-    /// [`DiskError::Catalog`] if the directory cannot be used.
+    /// [`DiskError::Locked`] if a process has it open; [`DiskError::Io`] if there cannot be such a directory, or it is
+    /// not one that we may use.
     ///
     /// # Panics
     /// If `block_size` is not a power of two; `config` has checked it.
@@ -159,28 +166,21 @@ impl DiskTier {
             config.block_size
         );
         let dir = config.dir;
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&dir)
-            .map_err(|error| DiskError::io("make the directory", &dir, error))?;
-        let lock = lock(&dir)?;
-        make_shards(&dir, seams.sync.as_ref())?;
-        let (catalog, start) = Catalog::open(&dir)?;
-        let checkpointer = Catalog::checkpointer(&dir)?;
-        let mut random = File::open("/dev/urandom")
+        let random = File::open("/dev/urandom")
             .map_err(|error| DiskError::io("open", Path::new("/dev/urandom"), error))?;
         let shared = Arc::new(Shared {
             min_free: config.min_free,
             block_size: config.block_size,
             segment_size: segment_size(config.capacity, config.block_size),
-            room: Room::new(config.capacity, start.bytes),
-            catalog,
+            room: Room::new(config.capacity, 0),
+            catalog: Catalog::absent(),
             queue: Queue::default(),
             sync: seams.sync,
             trouble: Trouble::default(),
+            unrecorded: Trouble::default(),
+            keeper: Keeper::default(),
             watch: Watch::new(seams.limits),
-            suspect_run: start.suspect_run,
+            suspect_run: AtomicI64::new(0),
             revisions: Mutex::new(Revisions {
                 by_name: HashMap::new(),
                 limit: seams.revisions_in_memory,
@@ -188,18 +188,29 @@ impl DiskTier {
             }),
             evictor: Mutex::new(()),
             free_space: Mutex::new(None),
-            clock: AtomicU64::new(start.last_used + 1),
-            run_mark: random_u64(&mut random)?,
+            clock: AtomicU64::new(1),
+            run_mark: AtomicU64::new(0),
             random,
             opening: (0..64).map(|_| Arc::default()).collect(),
             max_open_files: seams.max_open_files,
             closed: AtomicBool::new(false),
-            lock: Mutex::new(Some(lock)),
+            lock: Mutex::new(None),
             evictions: AtomicU64::new(0),
             evicted_bytes: AtomicU64::new(0),
             quarantines: AtomicU64::new(0),
             dir,
         });
+        let tier = Arc::new(Self {
+            shared,
+            worker: Mutex::new(None),
+            sweeper: Mutex::new(None),
+        });
+        revive::start(&tier)?;
+        Ok(tier)
+    }
+
+    /// Starts the threads of a run.
+    pub(super) fn begin(&self, start: Start, checkpointer: Checkpointer) -> Result<(), DiskError> {
         if start.suspect_run == start.run - 1 && start.suspect_run > 0 {
             tracing::warn!(
                 "the last run did not end orderly: segments it recorded are verified at their first use"
@@ -209,23 +220,19 @@ impl DiskTier {
             std::thread::Builder::new()
                 .name(name.into())
                 .spawn(work)
-                .map_err(|error| DiskError::io("start a thread for", &shared.dir, error))
+                .map_err(|error| DiskError::io("start a thread for", &self.shared.dir, error))
         };
-        let me = Arc::clone(&shared);
-        let worker = spawn(
+        let me = Arc::clone(&self.shared);
+        *self.worker.lock() = Some(spawn(
             "disk-durability",
             Box::new(move || durability::run(&me, checkpointer)),
-        )?;
-        let me = Arc::clone(&shared);
-        let sweeper = spawn(
+        )?);
+        let me = Arc::clone(&self.shared);
+        *self.sweeper.lock() = Some(spawn(
             "disk-sweep",
             Box::new(move || me.sweep(start.last_revision)),
-        )?;
-        Ok(Arc::new(Self {
-            shared,
-            worker: Mutex::new(Some(worker)),
-            sweeper: Mutex::new(Some(sweeper)),
-        }))
+        )?);
+        Ok(())
     }
 
     #[cfg(test)]
@@ -357,6 +364,8 @@ impl DiskTier {
         let shared = &self.shared;
         if shared.closed.load(Ordering::Acquire)
             || shared.trouble.refuses_writes()
+            || shared.unrecorded.refuses_writes()
+            || shared.keeper.is_out()
             || shared.watch.overdue().is_some()
             || bytes > shared.room.capacity()
         {
@@ -396,6 +405,7 @@ impl DiskTier {
     /// [`DiskError::Catalog`] if that could not be recorded; the next start verifies instead.
     pub async fn close(&self) -> Result<(), DiskError> {
         self.shared.closed.store(true, Ordering::Release);
+        self.shared.keeper.end();
         self.shared.queue.close();
         let threads = [self.worker.lock().take(), self.sweeper.lock().take()];
         let shared = Arc::clone(&self.shared);
@@ -403,6 +413,7 @@ impl DiskTier {
         let limit = self.shared.watch.limits.sync;
         let watch = Arc::clone(&self.shared.watch);
         let closed = watch.run("close the catalog", limit, move || {
+            let _not_opened_now = shared.keeper.pause();
             for thread in threads.into_iter().flatten() {
                 if thread.join().is_err() {
                     return Err(DiskError::Catalog(
@@ -419,6 +430,20 @@ impl DiskTier {
         closed.await
     }
 
+    /// What is wrong with the disk, for people; `None`: nothing that is known. Requests are served all the same.
+    pub fn trouble(&self) -> Option<String> {
+        let shared = &self.shared;
+        if let Some(why) = shared.keeper.out() {
+            return Some(format!("the cache directory is not in use: {why}"));
+        }
+        if let Some(what) = shared.watch.overdue() {
+            return Some(format!("the cache disk hangs: could not {what} in time"));
+        }
+        [&shared.trouble, &shared.unrecorded]
+            .into_iter()
+            .find_map(Trouble::what)
+    }
+
     /// Counters.
     pub fn stats(&self) -> DiskStats {
         let shared = &self.shared;
@@ -430,7 +455,8 @@ impl DiskTier {
             quarantines: shared.quarantines.load(Ordering::Relaxed),
             revisions_in_memory: shared.revisions.lock().by_name.len() as u64,
             open_files: shared.room.open_files() as u64,
-            degraded: shared.trouble.refuses_writes() || shared.watch.overdue().is_some(),
+            degraded: self.trouble().is_some(),
+            out: shared.keeper.is_out(),
         }
     }
 }
@@ -439,6 +465,7 @@ impl Drop for DiskTier {
     /// Without [`DiskTier::close`] this is an unclean stop: the next start verifies.
     fn drop(&mut self) {
         self.shared.closed.store(true, Ordering::Release);
+        self.shared.keeper.end();
         self.shared.queue.close();
         // Revisions hold the shared part, and it them.
         let held = std::mem::take(&mut self.shared.revisions.lock().by_name);
@@ -452,6 +479,7 @@ impl Shared {
     fn unanswered(&self, what: &'static str, error: &DiskError) {
         match error {
             DiskError::Hangs { .. } => tracing::debug!(%error, what),
+            _ if self.keeper.is_out() => tracing::debug!(%error, what),
             _ => tracing::error!(%error, what),
         }
     }
@@ -475,7 +503,7 @@ impl Shared {
     /// A name that no file had or will have: 64 random bits of its own beside 64 of this run.
     pub(super) fn new_incarnation(&self) -> Result<u128, DiskError> {
         let own = random_u64(&mut &self.random)?;
-        Ok(u128::from(own) << 64 | u128::from(self.run_mark))
+        Ok(u128::from(own) << 64 | u128::from(self.run_mark.load(Ordering::Acquire)))
     }
 
     pub(super) fn opening_turn(&self, incarnation: u128) -> Arc<tokio::sync::Mutex<()>> {
@@ -488,6 +516,16 @@ impl Shared {
         let held = Arc::clone(self.revisions.lock().by_name.get(revision)?);
         held.touch();
         Some(held)
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Empties memory, and returns what was in it.
+    pub(super) fn forget_all(&self) -> Vec<Arc<HeldRevision>> {
+        let by_name = std::mem::take(&mut self.revisions.lock().by_name);
+        by_name.into_values().collect()
     }
 
     pub(super) fn is_in_memory(&self, revision: &Revision) -> bool {
@@ -807,7 +845,7 @@ impl Shared {
             Ok((files, revisions)) => {
                 tracing::info!(files, revisions, "removed what an earlier run left over");
             }
-            Err(_) if self.closed.load(Ordering::Acquire) => {}
+            Err(_) if self.closed.load(Ordering::Acquire) || self.keeper.is_out() => {}
             Err(error) => {
                 tracing::warn!(%error, "could not remove what an earlier run left over; the next start tries again");
             }
@@ -828,7 +866,8 @@ impl Shared {
                 // Rows for files of earlier runs are only ever deleted, so looking first and
                 // unlinking later is safe for them; a file of this run may be about to get its row.
                 .filter(|incarnation| {
-                    incarnation & u128::from(u64::MAX) != u128::from(self.run_mark)
+                    incarnation & u128::from(u64::MAX)
+                        != u128::from(self.run_mark.load(Ordering::Acquire))
                 })
                 .collect();
             for files in files.chunks(256) {
@@ -952,14 +991,15 @@ fn touched_since_recorded(held: &Arc<HeldRevision>) -> Vec<(SegmentId, u64)> {
 /// Disk trouble: refuses writes for a while after one failed, and logs once until one works again.
 #[derive(Default)]
 pub(super) struct Trouble {
-    since: Mutex<Option<Instant>>,
+    since: Mutex<Option<(Instant, String)>>,
     reported: AtomicBool,
 }
 
 impl Trouble {
     /// A file operation failed.
     pub(super) fn note(&self, op: &'static str, path: &Path, error: &io::Error) {
-        *self.since.lock() = Some(Instant::now());
+        let what = format!("could not {op} {}: {error}", path.display());
+        *self.since.lock() = Some((Instant::now(), what));
         if !self.reported.swap(true, Ordering::AcqRel) {
             tracing::error!(
                 op, path = %path.display(), %error,
@@ -982,7 +1022,22 @@ impl Trouble {
             && self
                 .since
                 .lock()
-                .is_some_and(|since| since.elapsed() < DEGRADED_FOR)
+                .as_ref()
+                .is_some_and(|(since, _)| since.elapsed() < DEGRADED_FOR)
+    }
+
+    /// Something failed, and has not been tried for a while.
+    pub(super) fn is_old(&self) -> bool {
+        let since = self.since.lock();
+        since
+            .as_ref()
+            .is_some_and(|(since, _)| since.elapsed() >= DEGRADED_FOR)
+    }
+
+    /// What failed last, until something works.
+    fn what(&self) -> Option<String> {
+        let since = self.since.lock();
+        since.as_ref().map(|(_, what)| what.clone())
     }
 }
 
@@ -993,7 +1048,7 @@ fn segment_size(capacity: u64, block_size: u64) -> u64 {
 }
 
 /// Exclusive for as long as the file is open, whatever becomes of the process.
-fn lock(dir: &Path) -> Result<File, DiskError> {
+pub(super) fn lock(dir: &Path) -> Result<File, DiskError> {
     let path = dir.join("lock");
     let failed = |op| {
         let path = path.clone();
@@ -1031,7 +1086,7 @@ fn lock(dir: &Path) -> Result<File, DiskError> {
 }
 
 /// Makes `segments/00` to `segments/ff`, so that a new file needs only its own directory synced.
-fn make_shards(dir: &Path, sync: &dyn Syncer) -> Result<(), DiskError> {
+pub(super) fn make_shards(dir: &Path, sync: &dyn Syncer) -> Result<(), DiskError> {
     let segments = dir.join("segments");
     if segments.join("ff").is_dir() {
         return Ok(());
@@ -1048,7 +1103,7 @@ fn make_shards(dir: &Path, sync: &dyn Syncer) -> Result<(), DiskError> {
     Ok(())
 }
 
-fn random_u64(random: &mut impl Read) -> Result<u64, DiskError> {
+pub(super) fn random_u64(random: &mut impl Read) -> Result<u64, DiskError> {
     let mut bytes = [0; 8];
     random
         .read_exact(&mut bytes)

@@ -385,15 +385,21 @@ fn create(
     shared.close_idle_files();
     let incarnation = shared.new_incarnation()?;
     let path = shared.segment_path(incarnation);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .map_err(|error| {
-            shared.trouble.note("create", &path, &error);
-            DiskError::io("create", &path, error)
-        })?;
+    let open = || {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+    };
+    let opened = match open() {
+        Err(error) if shared.mend_shard(&path, &error) => open(),
+        opened => opened,
+    };
+    let file = opened.map_err(|error| {
+        shared.trouble.note("create", &path, &error);
+        DiskError::io("create", &path, error)
+    })?;
     let charge = Charge::new(&shared.room, 0);
     let file = SegmentFile::new(file, Arc::clone(&charge));
     let segment = State::new_segment(
