@@ -230,6 +230,10 @@ impl HeldRevision {
         };
         // One at a time per file: checking a segment twice at once only costs.
         let watch = &self.shared.watch;
+        // Whose turn it is may be what hangs.
+        if watch.overdue().is_some() {
+            return;
+        }
         let limit = watch.limits.open;
         let turn = self.shared.opening_turn(incarnation).lock_owned();
         let Ok(turn) = tokio::time::timeout(limit, turn).await else {

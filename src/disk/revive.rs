@@ -228,7 +228,11 @@ impl Shared {
 
     /// Finds out whether a disk that was in trouble works again, so that nobody has to ask for something first.
     fn probe(&self) {
-        if self.trouble.is_old() {
+        if self.trouble.is_due() {
+            let left_over = std::mem::take(&mut *self.left_over.lock());
+            left_over.into_iter().for_each(|file| self.unlink(file));
+        }
+        if self.trouble.is_due() {
             let _busy = self.watch.begin("write", self.watch.limits.sync);
             let path = self.dir.join(PROBE);
             let written = File::create(&path)
@@ -242,7 +246,13 @@ impl Shared {
                 Err(error) => self.trouble.note("write", &path, &error),
             }
         }
-        if self.unrecorded.is_old() {
+        if self.crowded.is_due()
+            && let Ok(look) = self.look_at_free_space()
+            && look.spare > i128::from(self.block_size)
+        {
+            self.crowded.over();
+        }
+        if self.unrecorded.is_due() {
             let _busy = self.watch.begin("commit", self.watch.limits.sync);
             let empty = Batch::default();
             let committed = self

@@ -54,6 +54,9 @@ const DEGRADED_FOR: Duration = Duration::from_secs(5);
 /// How long a look at the file system's free space is good for; bytes of our own are added up meanwhile.
 const FREE_SPACE_FOR: Duration = Duration::from_secs(1);
 
+/// Files that could not be removed, and are remembered. Each takes 16 bytes here, and mostly 64 MiB there.
+const MAX_LEFT_OVER: usize = 64 << 10;
+
 /// Rows that eviction looks at in one go.
 const CANDIDATES: u32 = 128;
 
@@ -78,6 +81,8 @@ pub(super) struct Shared {
     pub(super) trouble: Trouble,
     /// With the catalog: written, but not recorded.
     pub(super) unrecorded: Trouble,
+    /// With the file system's free space. Only told of: each reservation looks for itself.
+    pub(super) crowded: Trouble,
     pub(super) keeper: Keeper,
     pub(super) watch: Arc<Watch>,
     /// Segments recorded by this run or an earlier one are verified before they are served.
@@ -94,6 +99,8 @@ pub(super) struct Shared {
     max_open_files: usize,
     closed: AtomicBool,
     pub(super) lock: Mutex<Option<File>>,
+    /// Files that could not be removed.
+    pub(super) left_over: Mutex<Vec<u128>>,
     evictions: AtomicU64,
     evicted_bytes: AtomicU64,
     quarantines: AtomicU64,
@@ -111,7 +118,7 @@ pub(super) struct FreeSpace {
     at: Instant,
     /// What the file system had left beyond `min_free` and what was promised to writers; below 0
     /// where others filled it.
-    spare: i128,
+    pub(super) spare: i128,
     /// The account at that time.
     used: u64,
 }
@@ -178,6 +185,7 @@ impl DiskTier {
             sync: seams.sync,
             trouble: Trouble::default(),
             unrecorded: Trouble::default(),
+            crowded: Trouble::default(),
             keeper: Keeper::default(),
             watch: Watch::new(seams.limits),
             suspect_run: AtomicI64::new(0),
@@ -195,6 +203,7 @@ impl DiskTier {
             max_open_files: seams.max_open_files,
             closed: AtomicBool::new(false),
             lock: Mutex::new(None),
+            left_over: Mutex::default(),
             evictions: AtomicU64::new(0),
             evicted_bytes: AtomicU64::new(0),
             quarantines: AtomicU64::new(0),
@@ -439,7 +448,7 @@ impl DiskTier {
         if let Some(what) = shared.watch.overdue() {
             return Some(format!("the cache disk hangs: could not {what} in time"));
         }
-        [&shared.trouble, &shared.unrecorded]
+        [&shared.trouble, &shared.unrecorded, &shared.crowded]
             .into_iter()
             .find_map(Trouble::what)
     }
@@ -641,15 +650,25 @@ impl Shared {
         bytes
     }
 
-    /// Removes a file whose row is gone. One that stays is without a row, and swept at the next
-    /// start.
+    /// Removes a file whose row is gone. One that stays takes room that nobody accounts for: it is tried again once
+    /// the disk works, and at the latest swept at the next start.
     pub(super) fn unlink(&self, incarnation: u128) {
+        if !self.try_unlink(incarnation) {
+            let mut left = self.left_over.lock();
+            if left.len() < MAX_LEFT_OVER {
+                left.push(incarnation);
+            }
+        }
+    }
+
+    pub(super) fn try_unlink(&self, incarnation: u128) -> bool {
         let path = self.segment_path(incarnation);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 self.trouble.note("unlink", &path, &error);
+                false
             }
-            _ => {}
+            _ => true,
         }
     }
 
@@ -688,6 +707,7 @@ impl Shared {
             let short = self.room.shortfall(bytes).max(missing);
             if short == 0 {
                 if let Some(reservation) = self.room.reserve(bytes) {
+                    self.crowded.over();
                     return Ok(reservation);
                 }
                 continue;
@@ -696,6 +716,12 @@ impl Shared {
                 continue;
             }
             if flushed {
+                if missing > 0 {
+                    let full = io::Error::other(format!(
+                        "{missing} bytes too few are free beyond cache.min_free, and nothing of ours is left to evict"
+                    ));
+                    self.crowded.note("make room in", &self.dir, &full);
+                }
                 return Err(DiskError::NoRoom);
             }
             // What was completed a moment ago has no row yet, and can go once it has.
@@ -814,7 +840,7 @@ impl Shared {
         look.spare + i128::from(look.used) - i128::from(self.room.used())
     }
 
-    fn look_at_free_space(&self) -> Result<FreeSpace, DiskError> {
+    pub(super) fn look_at_free_space(&self) -> Result<FreeSpace, DiskError> {
         let used = self.room.used();
         let reserved = self.room.reserved();
         let stat = rustix::fs::statvfs(&self.dir)
@@ -1027,7 +1053,7 @@ impl Trouble {
     }
 
     /// Something failed, and has not been tried for a while.
-    pub(super) fn is_old(&self) -> bool {
+    pub(super) fn is_due(&self) -> bool {
         let since = self.since.lock();
         since
             .as_ref()
