@@ -439,7 +439,7 @@ type Harm = (&'static str, fn(&Path));
 
 const HARMS: &[Harm] = &[
     ("garbage", |path| {
-        fs::write(path, vec![0x5a; 50_000]).unwrap()
+        fs::write(path, vec![0x5a; 50_000]).unwrap();
     }),
     ("nothing but its first page", |path| {
         OpenOptions::new()
@@ -467,7 +467,7 @@ const HARMS: &[Harm] = &[
         fs::write(path.join("file"), "").unwrap();
     }),
     ("not permitted", |path| {
-        fs::set_permissions(path, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o0)).unwrap();
     }),
 ];
 

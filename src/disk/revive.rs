@@ -226,12 +226,22 @@ impl Shared {
             })
     }
 
+    /// Tries again to remove what could not be removed. Each time: where writes fail because these files
+    /// fill the disk, there is no quiet moment to wait for.
+    fn clear_away(&self) {
+        let mut left_over = std::mem::take(&mut *self.left_over.lock());
+        while let Some(file) = left_over.pop() {
+            if !self.try_unlink(file) {
+                left_over.push(file);
+                break;
+            }
+        }
+        self.left_over.lock().append(&mut left_over);
+    }
+
     /// Finds out whether a disk that was in trouble works again, so that nobody has to ask for something first.
     fn probe(&self) {
-        if self.trouble.is_due() {
-            let left_over = std::mem::take(&mut *self.left_over.lock());
-            left_over.into_iter().for_each(|file| self.unlink(file));
-        }
+        self.clear_away();
         if self.trouble.is_due() {
             let _busy = self.watch.begin("write", self.watch.limits.sync);
             let path = self.dir.join(PROBE);

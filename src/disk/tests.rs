@@ -1075,7 +1075,7 @@ fn impatient() -> Limits {
         write: limit,
         open: limit,
         // Other tests' disks are busy as well; where it matters, a test says so.
-        sync: Duration::from_secs(60),
+        sync: Duration::from_mins(1),
     }
 }
 
@@ -1434,4 +1434,24 @@ async fn a_tier_that_cannot_be_opened_is_out_until_it_can() {
     fs::remove_dir(&other).unwrap();
     tier.look_after();
     assert!(tier.stats().out, "what was closed is not opened again");
+}
+
+#[tokio::test]
+async fn what_could_not_be_unlinked_is_removed_once_that_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    put(&tier, "x", BLOCK).await;
+    tier.flush().await.unwrap();
+    // Nobody can unlink a directory, not even root.
+    let file = segment_files(dir.path()).remove(0);
+    fs::remove_file(&file).unwrap();
+    fs::create_dir(&file).unwrap();
+    tier.purge(PurgeTarget::Key(key("x"))).await.unwrap();
+    assert!(tier.trouble().unwrap().contains("could not unlink"));
+    tier.look_after();
+    assert!(file.exists());
+    fs::remove_dir(&file).unwrap();
+    fs::write(&file, "takes room").unwrap();
+    tier.look_after();
+    assert!(!file.exists());
 }
