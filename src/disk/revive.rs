@@ -167,14 +167,13 @@ impl DiskTier {
             .map_err(|error| DiskError::io("make the directory", dir, error))?;
         let lock = lock(dir)?;
         make_shards(dir, shared.sync.as_ref())?;
-        if shared.catalog.is_damaged() {
-            Catalog::mark_damaged(dir)?;
-        }
-        let (catalog, start) = match Catalog::open(dir) {
+        let sync = shared.sync.as_ref();
+        let (catalog, start) = match Catalog::open(dir, sync) {
             // The damage showed when the run was begun, and was marked: it is set aside this time.
-            Err(_) if Catalog::is_marked(dir) => Catalog::open(dir)?,
+            Err(_) if Catalog::is_marked(dir) => Catalog::open(dir, sync)?,
             opened => opened?,
         };
+        let reader = Catalog::reader(dir)?;
         let checkpointer = Catalog::checkpointer(dir)?;
         let run_mark = random_u64(&mut &shared.random)?;
         shared.run_mark.store(run_mark, Ordering::Release);
@@ -189,7 +188,7 @@ impl DiskTier {
         *shared.lock.lock() = Some(lock);
         shared.catalog.replace(catalog);
         shared.queue.reopen();
-        self.begin(start, checkpointer)?;
+        self.begin(start, checkpointer, reader)?;
         shared.keeper.state.lock().out = None;
         Ok(())
     }
@@ -198,7 +197,7 @@ impl DiskTier {
 impl Shared {
     /// Why what is open here is not what the directory has; `None`: all is well, or nobody can tell.
     fn lost(&self) -> Option<String> {
-        if self.catalog.is_damaged() {
+        if Catalog::is_marked(&self.dir) {
             return Some("its catalog is damaged".to_owned());
         }
         let lock = self.lock.lock();
@@ -219,9 +218,10 @@ impl Shared {
                 let segments = self.dir.join("segments");
                 let gone = fs::metadata(&segments).is_err_and(|error| is_gone(&error));
                 gone.then(|| {
-                    // What it says of files is not true of any.
-                    self.catalog.distrust();
-                    format!("{} is gone", segments.display())
+                    let why = format!("{} is gone", segments.display());
+                    // What the catalog says of files is not true of any. If that cannot be noted, each is found out.
+                    let _ = Catalog::distrust(&self.dir, &why, self.sync.as_ref());
+                    why
                 })
             })
     }
@@ -231,7 +231,7 @@ impl Shared {
     fn clear_away(&self) {
         let mut left_over = std::mem::take(&mut *self.left_over.lock());
         while let Some(file) = left_over.pop() {
-            if !self.try_unlink(file) {
+            if self.try_unlink(file).is_err() {
                 left_over.push(file);
                 break;
             }
