@@ -275,9 +275,10 @@ def leave_unclean(options, directory, revisions):
         database = sqlite3.connect(directory / "cache/catalog.sqlite", isolation_level=None)
         database.execute("PRAGMA wal_autocheckpoint = 0")
         database.execute("BEGIN")
-        # A page each: five for each block that may be covered between two checkpoints.
-        rows = random.Random(2).sample(range(revisions), min(revisions, 10_000))
-        database.executemany("UPDATE revisions SET size = size WHERE id = ?", [(row + 2,) for row in rows])
+        # Two or three pages each: about as many as may be between two checkpoints.
+        rows = random.Random(2).sample(range(revisions), min(revisions, 4_000))
+        statement = "UPDATE segments SET last_used = last_used + 1000000 WHERE revision = ?"
+        database.executemany(statement, [(row + 2,) for row in rows])
         database.execute("COMMIT")
         # A connection that is closed in order moves its log.
         os._exit(0)

@@ -20,7 +20,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, params};
 
 use super::coverage::Coverage;
 use super::durability::{KernelSync, Syncer};
@@ -89,6 +89,9 @@ const CHECKPOINT_COMMITS: u32 = if cfg!(test) { 4 } else { 64 };
 
 /// Blocks covered after which it is: each may have changed five pages of 4 KiB, in a catalog of millions, where no two share one.
 const CHECKPOINT_BLOCKS: usize = 2048;
+
+/// How long a connection waits for another one of this process. Only a checkpoint can be in the way, and briefly.
+const BUSY: Duration = Duration::from_secs(5);
 
 const FILE: &str = "catalog.sqlite";
 
@@ -344,17 +347,47 @@ impl Catalog {
             .map_err(|_| DiskError::Catalog("the tier has been closed".into()))
     }
 
+    /// [`close`](Self::close), but what it holds can still be looked up, read-only: another process may write it now.
+    /// Returns the bytes that it counted in segment files.
+    pub(super) fn release(
+        &self,
+        dir: &Path,
+        touched: &[(SegmentId, u64)],
+    ) -> Result<u64, DiskError> {
+        // Until the reader is there, so that nobody finds neither.
+        let mut slot = self.db.lock();
+        let reader = connect_to_read(&dir.join(FILE)).map_err(|error| catalog_error(&error));
+        if let Some(db) = slot.take() {
+            db.end(touched)?;
+        }
+        let reader = slot.insert(Db {
+            connection: reader?,
+            run: 0,
+            dir: dir.to_owned(),
+        });
+        reader
+            .read(|connection| meta(connection, "bytes"))
+            .map(unsigned)
+    }
+
+    /// Begins a run of its own again after [`release`](Self::release), as [`open`](Self::open) does.
+    pub(super) fn reopen(&self, dir: &Path, sync: &dyn Syncer) -> Result<Start, DiskError> {
+        let (opened, start) = Self::open(dir, sync)?;
+        self.replace(opened);
+        Ok(start)
+    }
+
+    /// Ends a connection that [`release`](Self::release) left for reading.
+    pub(super) fn stop_reading(&self) {
+        *self.db.lock() = None;
+    }
+
     /// The orderly end: records `touched`, marks the run clean and makes it all durable.
     pub(super) fn close(&self, touched: &[(SegmentId, u64)]) -> Result<(), DiskError> {
-        let mut slot = self.db.lock();
-        let Some(mut db) = slot.take() else {
-            return Ok(());
-        };
-        db.write(Commit::Durable, |tx| {
-            touch(tx, touched)?;
-            tx.execute("UPDATE meta SET value = 1 WHERE name = 'clean'", [])?;
-            Ok(())
-        })
+        match self.db.lock().take() {
+            Some(db) => db.end(touched),
+            None => Ok(()),
+        }
     }
 }
 
@@ -368,6 +401,15 @@ pub(super) enum Commit {
 }
 
 impl Db {
+    /// The last transaction of a run.
+    fn end(mut self, touched: &[(SegmentId, u64)]) -> Result<(), DiskError> {
+        self.write(Commit::Durable, |tx| {
+            touch(tx, touched)?;
+            tx.execute("UPDATE meta SET value = 1 WHERE name = 'clean'", [])?;
+            Ok(())
+        })
+    }
+
     fn begin_run(&mut self) -> Result<Start, DiskError> {
         self.write(Commit::Ordered, |tx| {
             if meta(tx, "clean")? == 0 {
@@ -808,8 +850,7 @@ impl From<rusqlite::Error> for Refused {
 /// Opens and migrates.
 fn connect(dir: &Path) -> Result<Connection, Refused> {
     let mut connection = Connection::open(dir.join(FILE))?;
-    // Only a checkpoint of our own second connection can be in the way, and briefly.
-    connection.busy_timeout(Duration::from_secs(5))?;
+    connection.busy_timeout(BUSY)?;
     connection.set_prepared_statement_cache_capacity(64);
     let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
     let applied = usize::try_from(version).map_err(|_| Refused::Newer(version))?;
@@ -834,12 +875,23 @@ fn connect(dir: &Path) -> Result<Connection, Refused> {
 /// A connection beside the first. It must not be the one that removes the log, which SQLite does by its name: the
 /// directory may be another one by then.
 fn second(dir: &Path) -> Result<Connection, DiskError> {
-    Connection::open(dir.join(FILE))
-        .and_then(|connection| {
-            connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
-            Ok(connection)
-        })
-        .map_err(|error| catalog_error(&error))
+    let open = || {
+        let connection = Connection::open(dir.join(FILE))?;
+        connection.busy_timeout(BUSY)?;
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+        Ok(connection)
+    };
+    open().map_err(|error| catalog_error(&error))
+}
+
+/// For a process that may look, while another one writes.
+fn connect_to_read(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(Duration::from_secs(5))?;
+    // Reads something, so that a catalog that cannot be read is noticed now.
+    meta(&connection, "bytes")?;
+    Ok(connection)
 }
 
 /// Renames the catalog and its log out of the way, and removes what was set aside before. Marked before and unmarked after, all of it synced:

@@ -176,7 +176,9 @@ impl Queue {
 
     /// Takes entries again, once the thread has ended and another one is about to be started.
     pub(super) fn reopen(&self) {
-        *self.state.lock() = QueueState::default();
+        let mut state = self.state.lock();
+        // What was set to be current meanwhile would be older than what the other process learned.
+        *state = QueueState::default();
     }
 
     fn push(&self, add: impl FnOnce(&mut QueueState)) {

@@ -173,7 +173,6 @@ impl DiskTier {
             Err(_) if Catalog::is_marked(dir) => Catalog::open(dir, sync)?,
             opened => opened?,
         };
-        let reader = Catalog::reader(dir)?;
         let checkpointer = Catalog::checkpointer(dir)?;
         let run_mark = random_u64(&mut &shared.random)?;
         shared.run_mark.store(run_mark, Ordering::Release);
@@ -188,7 +187,7 @@ impl DiskTier {
         *shared.lock.lock() = Some(lock);
         shared.catalog.replace(catalog);
         shared.queue.reopen();
-        self.begin(start, checkpointer, reader)?;
+        self.begin(start, checkpointer)?;
         shared.keeper.state.lock().out = None;
         Ok(())
     }

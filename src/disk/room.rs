@@ -79,6 +79,15 @@ impl Room {
         })
     }
 
+    /// The sum of segment files was `before` when another process took them over, and is `after` now.
+    pub(super) fn recount(&self, before: u64, after: u64) {
+        // Never below what is still open here: `before` is part of `used`.
+        self.used.fetch_add(after, Ordering::AcqRel);
+        self.used.fetch_sub(before, Ordering::AcqRel);
+        self.stored.fetch_add(after, Ordering::AcqRel);
+        self.stored.fetch_sub(before, Ordering::AcqRel);
+    }
+
     /// The file that held these bytes is gone; only the catalog knew of it.
     pub(super) fn release(&self, bytes: u64) {
         self.stored.fetch_sub(bytes, Ordering::AcqRel);

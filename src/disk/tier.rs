@@ -28,7 +28,7 @@ use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 use tokio::sync::oneshot;
 
-use super::catalog::{Catalog, Checkpointer, Db, Reader, SegmentId, Start, StoredRevision};
+use super::catalog::{Catalog, Checkpointer, Db, SegmentId, Start, StoredRevision};
 use super::durability::{self, KernelSync, Queue, Syncer};
 use super::failpoint::{self, Step};
 use super::held::{HeldRevision, Segment, SegmentKey};
@@ -100,9 +100,13 @@ pub(super) struct Shared {
     opening: Vec<Arc<tokio::sync::Mutex<()>>>,
     max_open_files: usize,
     closed: AtomicBool,
+    /// Another process may write the directory: here it is at most read. Set under the catalog's lock.
+    released: AtomicBool,
     pub(super) lock: Mutex<Option<File>>,
     /// Files that could not be removed.
     pub(super) left_over: Mutex<Vec<u128>>,
+    /// What the catalog counted when another process was let in.
+    released_bytes: AtomicU64,
     evictions: AtomicU64,
     evicted_bytes: AtomicU64,
     quarantines: AtomicU64,
@@ -205,8 +209,10 @@ impl DiskTier {
             opening: (0..64).map(|_| Arc::default()).collect(),
             max_open_files: seams.max_open_files,
             closed: AtomicBool::new(false),
+            released: AtomicBool::new(false),
             lock: Mutex::new(None),
             left_over: Mutex::default(),
+            released_bytes: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
             evicted_bytes: AtomicU64::new(0),
             quarantines: AtomicU64::new(0),
@@ -223,12 +229,7 @@ impl DiskTier {
     }
 
     /// Starts the threads of a run.
-    pub(super) fn begin(
-        &self,
-        start: Start,
-        checkpointer: Checkpointer,
-        reader: Reader,
-    ) -> Result<(), DiskError> {
+    pub(super) fn begin(&self, start: Start, checkpointer: Checkpointer) -> Result<(), DiskError> {
         if start.suspect_run == start.run - 1 && start.suspect_run > 0 {
             tracing::warn!(
                 "the last run did not end orderly: segments it recorded are verified at their first use"
@@ -246,6 +247,7 @@ impl DiskTier {
             Box::new(move || durability::run(&me, checkpointer)),
         )?);
         let me = Arc::clone(&self.shared);
+        let reader = Catalog::reader(&me.dir)?;
         *self.sweeper.lock() = Some(spawn(
             "disk-sweep",
             Box::new(move || sweep::run(&me, &reader, start.last_revision)),
@@ -422,11 +424,79 @@ impl DiskTier {
     /// # Errors
     /// [`DiskError::Catalog`] if that could not be recorded; the next start verifies instead.
     pub async fn close(&self) -> Result<(), DiskError> {
-        self.shared.closed.store(true, Ordering::Release);
         self.shared.keeper.end();
-        self.shared.queue.close();
-        let threads = [self.worker.lock().take(), self.sweeper.lock().take()];
+        self.end(|shared, touched| shared.catalog.close(touched))
+            .await?;
+        self.shared.catalog.stop_reading();
+        Ok(())
+    }
+
+    /// Reservations are refused from here on; what was reserved before can still be written. The first step of
+    /// [`release`](Self::release), so that writers can come to their end before the second.
+    pub fn refuse_writes(&self) {
+        self.shared.closed.store(true, Ordering::Release);
+    }
+
+    /// Closes the tier in order, for another process to write it, and goes on reading: [`load`](Self::load) finds
+    /// what the catalog holds at that very moment, whoever recorded it, and nothing is kept in memory, so that what the
+    /// other process purges is not found here either. Writers have to be gone before.
+    ///
+    /// Cancelling does not stop it.
+    ///
+    /// # Errors
+    /// [`DiskError::Catalog`] if it could not be closed in order or cannot be read: it is closed then, and what it
+    /// held is not found until [`reclaim`](Self::reclaim).
+    pub async fn release(&self) -> Result<(), DiskError> {
+        self.end(|shared, touched| {
+            let bytes = shared.catalog.release(&shared.dir, touched)?;
+            shared.released_bytes.store(bytes, Ordering::Release);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Undoes [`release`](Self::release), when the other process has gone without having taken the tier for good.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open): [`DiskError::Locked`] while the other process lives.
+    pub async fn reclaim(self: &Arc<Self>) -> Result<(), DiskError> {
+        let me = Arc::clone(self);
+        let limit = self.shared.watch.limits.sync;
+        let taken_back = self
+            .shared
+            .watch
+            .run("take the catalog back", limit, move || {
+                let shared = &me.shared;
+                let lock = lock(&shared.dir)?;
+                let start = shared.catalog.reopen(&shared.dir, shared.sync.as_ref())?;
+                let checkpointer = Catalog::checkpointer(&shared.dir)?;
+                shared
+                    .suspect_run
+                    .store(start.suspect_run, Ordering::Release);
+                shared
+                    .clock
+                    .fetch_max(start.last_used + 1, Ordering::Relaxed);
+                let before = shared.released_bytes.load(Ordering::Acquire);
+                shared.room.recount(before, start.bytes);
+                shared.queue.reopen();
+                me.begin(start, checkpointer)?;
+                *shared.lock.lock() = Some(lock);
+                shared.released.store(false, Ordering::Release);
+                shared.closed.store(false, Ordering::Release);
+                Ok(())
+            });
+        taken_back.await
+    }
+
+    /// Ends the run: threads, memory, the catalog by `close`, the lock.
+    async fn end(
+        &self,
+        close: impl FnOnce(&Shared, &[(SegmentId, u64)]) -> Result<(), DiskError> + Send + 'static,
+    ) -> Result<(), DiskError> {
         let shared = Arc::clone(&self.shared);
+        shared.closed.store(true, Ordering::Release);
+        shared.queue.close();
+        let threads = [self.worker.lock().take(), self.sweeper.lock().take()];
         // Threads that hang do not end, and the process is not to hang with them.
         let limit = self.shared.watch.limits.sync;
         let watch = Arc::clone(&self.shared.watch);
@@ -439,9 +509,16 @@ impl DiskTier {
                     ));
                 }
             }
-            let held = std::mem::take(&mut shared.revisions.lock().by_name);
+            let held = {
+                // So that a load either put into memory what is taken out here, or sees that it must not.
+                let _db = shared.catalog.lock();
+                if shared.released.swap(true, Ordering::AcqRel) {
+                    return Ok(());
+                }
+                std::mem::take(&mut shared.revisions.lock().by_name)
+            };
             let touched: Vec<_> = held.values().flat_map(touched_since_recorded).collect();
-            let closed = shared.catalog.close(&touched);
+            let closed = close(&shared, &touched);
             shared.reached(Step::Closed);
             *shared.lock.lock() = None;
             closed
@@ -585,6 +662,10 @@ impl Shared {
         if bare || stored.block_size != self.block_size {
             return Ok(None);
         }
+        if self.is_released() {
+            // Not kept: the process that writes now may purge it.
+            return Ok(Some(HeldRevision::new(self, revision, stored)));
+        }
         Ok(Some(self.insert(revision, stored)))
     }
 
@@ -641,8 +722,17 @@ impl Shared {
         held
     }
 
+    fn is_released(&self) -> bool {
+        self.released.load(Ordering::Acquire)
+    }
+
     fn purge(&self, target: &PurgeTarget) -> Result<Purged, DiskError> {
         let mut db = self.catalog.lock()?;
+        if self.is_released() {
+            return Err(DiskError::Catalog(
+                "another process is taking the cache directory over: ask again".into(),
+            ));
+        }
         self.queue.forget_current(|key| target.matches(key));
         let deleted = db.purge(target)?;
         self.reached(Step::Purged);
@@ -718,6 +808,10 @@ impl Shared {
         let Some(segment) = held.state.lock().segments.remove(&key) else {
             return;
         };
+        if self.is_released() {
+            // Evicted or purged by the process that writes now, which finds out itself if it was neither.
+            return;
+        }
         let id = held.segment_id(key, &segment);
         self.quarantines.fetch_add(1, Ordering::Relaxed);
         tracing::error!(

@@ -347,6 +347,7 @@ impl Inner {
             return Ok(());
         };
         let started = Instant::now();
+        let heard = trace.own;
         let mut vanished = 0;
         loop {
             self.catch_up();
@@ -387,7 +388,7 @@ impl Inner {
                 .unwrap_or(gap);
             self.follows.clear();
             self.read_ahead(within);
-            match self.hold_back(first, gap, within).await {
+            match self.hold_back(first, gap, within, heard).await {
                 Ok(at_hand) => {
                     // Said here and not at the end: a flight may be over before its bytes are looked for.
                     trace.stored |= !self.follows.is_empty();
@@ -412,16 +413,18 @@ impl Inner {
     /// longer than a part (so that a response of one GET each for two gaps is not cut between
     /// them), and for the first byte where it is missing. `false`: things changed; look again.
     ///
-    /// What others' flights were answered before counts as held: it says nothing of what the remote has now.
+    /// What others' flights were answered before counts as held: it says nothing of what the remote has now. Unless
+    /// the remote has been `heard` on behalf of this request, that takes the answer to a later one.
     async fn hold_back(
         &mut self,
         first: ByteRange,
         gap: ByteRange,
         within: ByteRange,
+        heard: bool,
     ) -> Result<bool, FillError> {
         let wide = within.len() > self.means.settings.part_size;
         for follow in &mut self.follows {
-            let news = !follow.has_answer();
+            let news = heard || !follow.has_answer();
             let answered = follow.answered().await?;
             self.held.get_or_insert(answered.held);
             if wide && news {
