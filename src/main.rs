@@ -43,11 +43,13 @@ fn run(
         return refuse(&error, cli::EX_CONFIG);
     }
     let mut builder = Builder::new_multi_thread();
-    if let Some(threads) = threads {
-        builder.worker_threads(threads.get());
-    }
+    threads.map(|threads| builder.worker_threads(threads.get()));
     match builder.enable_all().build() {
-        Ok(runtime) => runtime.block_on(command),
+        Ok(runtime) => {
+            let code = runtime.block_on(command);
+            runtime.shutdown_background(); // A thread that waits for a dead disk never ends.
+            code
+        }
         Err(error) => refuse(&format!("cannot start threads: {error}"), cli::EX_OSERR),
     }
 }

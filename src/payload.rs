@@ -5,8 +5,12 @@
 //! only as fast as the client takes them. A chunk is either a stretch of a file, which reaches the
 //! socket by sendfile without passing through user space, or bytes in memory, for responses that go
 //! past the disk. Neither side has to know the other.
+//!
+//! A file can fail while it is being sent, long after the source that named it is gone. So a source
+//! leaves a [`Rescue`] behind: whoever sends asks it for the same bytes again (P10).
 
 use std::error::Error;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -30,6 +34,33 @@ pub trait ChunkSource: Send {
         cx: &mut Context<'_>,
         range: ByteRange,
     ) -> Poll<Result<Payload, BodyError>>;
+
+    /// What to turn to when a file that this source named cannot be read to its end. `None`: the
+    /// response is cut then. Asked for once, before the first chunk.
+    fn rescue(&self) -> Option<Arc<dyn Rescue>> {
+        None
+    }
+}
+
+/// Brings bytes of a revision again that a file did not give up. It outlives the source it came from,
+/// and holds nothing but the means: no descriptor, no fill, no buffer.
+pub trait Rescue: Send + Sync {
+    /// A fresh source, of which any stretch of the same revision may be asked.
+    fn source(self: Arc<Self>, way: Way) -> Box<dyn ChunkSource>;
+}
+
+/// Where a [`Rescue`] looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: with the disk or without it"
+)]
+pub enum Way {
+    /// Through the disk once more: the file that failed has been reported, so its bytes are fetched
+    /// into another one.
+    Again,
+    /// Past the disk: it hangs, or another of its files failed too.
+    PastDisk,
 }
 
 /// Some bytes of a revision.

@@ -155,6 +155,7 @@ struct Inner {
     connections_displaced: Counter,
     accept_failures: Counter,
     aborted: Family<ReasonLabel, Counter>,
+    rescues: Counter,
     handovers_failed: Counter,
     takeover: Gauge<f64, AtomicU64>,
     audits: Children<OutcomeLabel, Counter>,
@@ -291,6 +292,11 @@ impl Metrics {
         self.0.aborted.get_or_create(&ReasonLabel([reason])).inc();
     }
 
+    /// Files that failed while a body was sent from them, and were replaced within it.
+    pub fn rescued(&self, rescues: u64) {
+        self.0.rescues.inc_by(rescues);
+    }
+
     /// Another process was about to take over and did not: this one has the cache directory again.
     pub fn handover_failed(&self) {
         self.0.handovers_failed.inc();
@@ -364,6 +370,7 @@ impl Default for Inner {
             connections_displaced: Counter::default(),
             accept_failures: Counter::default(),
             aborted: Family::default(),
+            rescues: Counter::default(),
             handovers_failed: Counter::default(),
             takeover: Gauge::default(),
             audits: Children::new(&AUDITS),
@@ -413,6 +420,11 @@ impl Inner {
             "aborted",
             "Bodies that were cut after their head, by reason",
             self.aborted.clone(),
+        );
+        registry.register(
+            "rescues",
+            "Files that failed while they were sent, and whose bytes were brought from elsewhere",
+            self.rescues.clone(),
         );
         registry.register(
             "handovers_failed",
@@ -595,7 +607,7 @@ fn disk_registry(stats: &DiskStats) -> Registry {
     );
     registry.register(
         "degraded",
-        "1 while writes are refused because of disk trouble",
+        "1 while the disk is in trouble: writes are refused, or it hangs, or it is out",
         ConstGauge::new(u64::from(stats.degraded)),
     );
     registry.register_with_unit(
@@ -619,6 +631,11 @@ fn disk_registry(stats: &DiskStats) -> Registry {
         "How long ago the held segment that waits longest was verified",
         Unit::Seconds,
         ConstGauge::new(stats.oldest_verified.as_secs()),
+    );
+    registry.register(
+        "out",
+        "1 while the cache directory cannot be used at all",
+        ConstGauge::new(u64::from(stats.out)),
     );
     registry
 }
@@ -815,6 +832,7 @@ mod tests {
         metrics.open_responses(1);
         metrics.connections(2);
         metrics.aborted("remote");
+        metrics.rescued(2);
         metrics.handover_failed();
         metrics.took_over(Duration::from_millis(250));
     }
@@ -840,6 +858,7 @@ mod tests {
             },
             sweeping: true,
             degraded: true,
+            out: true,
             ..DiskStats::default()
         };
         let samples = parse(&metrics.encode(Some(&stats)));
@@ -909,6 +928,7 @@ mod tests {
             ("pinrange_disk_evictions_total", "3"),
             ("pinrange_disk_evicted_bytes_total", "4"),
             ("pinrange_disk_quarantines_total", "6"),
+            ("pinrange_rescues_total", "2"),
             ("pinrange_disk_open_files", "7"),
             ("pinrange_disk_swept_files_total", "8"),
             ("pinrange_disk_swept_bytes_total", "9"),
@@ -917,6 +937,7 @@ mod tests {
             ("pinrange_disk_sweeping", "1"),
             ("pinrange_disk_revisions", "5"),
             ("pinrange_disk_degraded", "1"),
+            ("pinrange_disk_out", "1"),
             (
                 concat!(
                     "pinrange_build_info{version=\"",

@@ -18,12 +18,12 @@ use bytes::Bytes;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use pinrange::disk::FileExtent;
-use pinrange::payload::{BodyError, ChunkSource, Payload};
+use pinrange::payload::{BodyError, ChunkSource, Payload, Rescue, Way};
 use pinrange::semantics::{ByteRange, RangeSpec};
 use pinrange::server::accept::{Acceptor, ConnInfo, DrainReport, Ending, Handler, Limits};
 use pinrange::server::body::{BodyEnd, BodyObserver, Part, ResponseBody};
 use pinrange::server::io::{SendQueue, Timeouts};
-use pinrange::server::page_in::PageIn;
+use pinrange::server::page_in::{PageIn, Pages};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -54,6 +54,45 @@ enum Chunks {
     TooLong,
     /// Nothing until the gate opens.
     Gated,
+    /// Bytes in memory, all at once.
+    Memory,
+}
+
+/// What a file that fails is replaced by: what comes through the disk again, and what comes past it.
+struct Spare {
+    file: Arc<File>,
+    truncated: Arc<File>,
+    again: Chunks,
+    past_disk: Chunks,
+    ways: mpsc::UnboundedSender<Way>,
+    gate: watch::Receiver<bool>,
+}
+
+impl Rescue for Spare {
+    fn source(self: Arc<Self>, way: Way) -> Box<dyn ChunkSource> {
+        let _ = self.ways.send(way);
+        let chunks = match way {
+            Way::Again => self.again,
+            Way::PastDisk => self.past_disk,
+        };
+        Box::new(Source {
+            file: Arc::clone(if chunks == Chunks::Truncated {
+                &self.truncated
+            } else {
+                &self.file
+            }),
+            chunks,
+            calls: 0,
+            gate: gate(chunks, &self.gate),
+            spare: None,
+        })
+    }
+}
+
+fn gate(chunks: Chunks, gate: &watch::Receiver<bool>) -> Option<JoinHandle<()>> {
+    let mut gate = gate.clone();
+    (chunks == Chunks::Gated)
+        .then(|| tokio::spawn(async move { drop(gate.wait_for(|open| *open).await.unwrap()) }))
 }
 
 struct Source {
@@ -61,6 +100,7 @@ struct Source {
     chunks: Chunks,
     calls: u64,
     gate: Option<JoinHandle<()>>,
+    spare: Option<Arc<Spare>>,
 }
 
 impl Source {
@@ -70,6 +110,12 @@ impl Source {
             start,
             len,
         ))
+    }
+
+    fn memory(&self, start: u64, len: u64) -> Payload {
+        let mut bytes = vec![0; usize::try_from(len).unwrap()];
+        self.file.read_exact_at(&mut bytes, start).unwrap();
+        Payload::Memory(bytes.into())
     }
 }
 
@@ -85,11 +131,8 @@ impl ChunkSource for Source {
             Chunks::Whole | Chunks::Truncated => self.extent(range.start(), range.len()),
             Chunks::Small => self.extent(range.start(), small),
             Chunks::Mixed if self.calls.is_multiple_of(2) => self.extent(range.start(), small),
-            Chunks::Mixed => {
-                let mut bytes = vec![0; usize::try_from(small).unwrap()];
-                self.file.read_exact_at(&mut bytes, range.start()).unwrap();
-                Payload::Memory(bytes.into())
-            }
+            Chunks::Mixed => self.memory(range.start(), small),
+            Chunks::Memory => self.memory(range.start(), range.len()),
             Chunks::FailsAt(offset) if range.start() >= offset => {
                 return Poll::Ready(Err(BodyError::new("remote", "the bucket went away")));
             }
@@ -105,6 +148,10 @@ impl ChunkSource for Source {
                 self.extent(range.start(), range.len())
             }
         }))
+    }
+
+    fn rescue(&self) -> Option<Arc<dyn Rescue>> {
+        Some(Arc::clone(self.spare.as_ref()?) as Arc<dyn Rescue>)
     }
 }
 
@@ -124,6 +171,7 @@ struct Files {
     gate: watch::Receiver<bool>,
     ends: mpsc::UnboundedSender<BodyEnd>,
     queues: mpsc::UnboundedSender<SendQueue>,
+    ways: mpsc::UnboundedSender<Way>,
     accept_failures: Arc<AtomicUsize>,
 }
 
@@ -147,9 +195,29 @@ impl Handler for Files {
             "fails" => Chunks::FailsAt(100_000),
             "too-long" => Chunks::TooLong,
             "gated" => Chunks::Gated,
+            // A file that fails, and what replaces it.
+            "again-small" | "again-mixed" | "again-short" | "again-fails" | "again-gated"
+            | "neither" => Chunks::Truncated,
+            "hanging" => Chunks::Whole,
             _ => panic!("no such kind: {kind}"),
         };
-        let mut gate = self.gate.clone();
+        let (again, past_disk) = match kind {
+            "again-small" => (Chunks::Small, Chunks::TooLong),
+            "again-mixed" => (Chunks::Mixed, Chunks::TooLong),
+            "again-short" => (Chunks::Truncated, Chunks::Memory),
+            "again-fails" => (Chunks::FailsAt(400_000), Chunks::TooLong),
+            "again-gated" => (Chunks::Gated, Chunks::TooLong),
+            "neither" => (Chunks::Truncated, Chunks::Truncated),
+            _ => (Chunks::TooLong, Chunks::Memory),
+        };
+        let spare = Spare {
+            file: Arc::clone(&self.file),
+            truncated: Arc::clone(&self.truncated),
+            again,
+            past_disk,
+            ways: self.ways.clone(),
+            gate: self.gate.clone(),
+        };
         let source = Source {
             file: Arc::clone(if chunks == Chunks::Truncated {
                 &self.truncated
@@ -158,9 +226,8 @@ impl Handler for Files {
             }),
             chunks,
             calls: 0,
-            gate: (chunks == Chunks::Gated).then(|| {
-                tokio::spawn(async move { drop(gate.wait_for(|open| *open).await.unwrap()) })
-            }),
+            gate: gate(chunks, &self.gate),
+            spare: (kind != "truncated").then(|| Arc::new(spare)),
         };
         let ranges = parse(ranges);
         let mut parts = Vec::new();
@@ -201,6 +268,7 @@ struct Server {
     content: Vec<u8>,
     ends: mpsc::UnboundedReceiver<BodyEnd>,
     queues: mpsc::UnboundedReceiver<SendQueue>,
+    ways: mpsc::UnboundedReceiver<Way>,
     gate: watch::Sender<bool>,
     page_in: PageIn,
     file: Arc<File>,
@@ -215,6 +283,10 @@ impl Server {
     }
 
     async fn with(adjust: impl FnOnce(&mut Limits)) -> Self {
+        Self::over(PageIn::new().unwrap(), adjust).await
+    }
+
+    async fn over(page_in: PageIn, adjust: impl FnOnce(&mut Limits)) -> Self {
         let mut limits = Limits {
             max_connections: 100,
             timeouts: Timeouts {
@@ -246,6 +318,7 @@ impl Server {
         let addr = listener.local_addr().unwrap();
         let (ends_in, ends) = mpsc::unbounded_channel();
         let (queues_in, queues) = mpsc::unbounded_channel();
+        let (ways_in, ways) = mpsc::unbounded_channel();
         let (gate, gate_rx) = watch::channel(false);
         let handler = Files {
             file: Arc::clone(&file),
@@ -253,10 +326,10 @@ impl Server {
             gate: gate_rx,
             ends: ends_in,
             queues: queues_in,
+            ways: ways_in,
             accept_failures: Arc::default(),
         };
         let accept_failures = Arc::clone(&handler.accept_failures);
-        let page_in = PageIn::new().unwrap();
         let acceptor = Acceptor::new(listener, Arc::new(handler), limits, page_in.clone());
         let ending = Ending::default();
         let running = tokio::spawn(acceptor.run(ending.clone(), Duration::from_millis(500)));
@@ -265,6 +338,7 @@ impl Server {
             content,
             ends,
             queues,
+            ways,
             gate,
             page_in,
             file,
@@ -573,6 +647,139 @@ async fn failures_after_the_head_cut_the_connection_and_are_observed_once() {
         assert!(end.from_files <= sent as u64);
         assert!(server.ends.try_recv().is_err(), "observed twice");
     }
+}
+
+/// P10: the client of a file that fails while it is sent sees nothing of it, nor do those behind it in the
+/// pipeline.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_fails_while_it_is_sent_is_replaced_within_the_response() {
+    let mut server = Server::start().await;
+    for (kind, ways) in [
+        ("again-small", vec![Way::Again]),
+        ("again-mixed", vec![Way::Again]),
+        ("again-short", vec![Way::Again, Way::PastDisk]),
+    ] {
+        // The middle one is rescued in the second of its parts; both bodies around it are not.
+        let paths = [
+            "/small/0-99999".to_owned(),
+            format!("/{kind}/299999-1500000,0-9,299000-300100"),
+            format!("/{kind}/100-300000"),
+            "/mixed/5-123456".to_owned(),
+        ];
+        let mut client = server.connect().await;
+        for path in &paths {
+            client.send(path).await;
+        }
+        let mut wanted = Vec::new();
+        for path in &paths {
+            let ranges = path.rsplit_once('/').unwrap().1;
+            let body = server.body(ranges);
+            assert_same(&client.response().await, &body);
+            let end = server.end().await;
+            assert!(end.abort.is_none(), "{path}: {:?}", end.abort);
+            assert_eq!(end.promised, body.len() as u64);
+            assert_eq!(end.from_files + end.from_memory, end.promised, "{path}");
+            let failures = match path.split(',').count() {
+                3 => 2,
+                _ => u64::from(path.starts_with(&format!("/{kind}/"))),
+            };
+            assert_eq!(end.rescues, failures * ways.len() as u64, "{path}");
+            for _ in 0..failures {
+                wanted.extend(ways.iter().copied());
+            }
+        }
+        let mut seen = Vec::new();
+        while let Ok(way) = server.ways.try_recv() {
+            seen.push(way);
+        }
+        assert_eq!(seen, wanted, "{kind}");
+        assert_eq!(
+            client.get("/ping").await,
+            b"pong",
+            "the connection is sound"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rescue_that_waits_holds_the_pipeline_and_one_that_fails_cuts_it() {
+    let mut server = Server::start().await;
+    let mut client = server.connect().await;
+    client.send("/again-gated/0-999999").await;
+    client.send("/ping").await;
+    let head = client.head().await;
+    while client.unread.len() < 300_000 {
+        within(client.tcp.read_buf(&mut client.unread))
+            .await
+            .unwrap();
+    }
+    assert_eq!(within(server.ways.recv()).await, Some(Way::Again));
+    assert_eq!(client.unread.len(), 300_000, "nothing overtakes it");
+    server.gate.send_replace(true);
+    assert_same(&client.body(&head).await, &server.body("0-999999"));
+    assert_eq!(client.response().await, b"pong");
+    assert_eq!(server.end().await.rescues, 1);
+
+    for (path, most, reason, error) in [
+        ("/again-fails/0-999999", 400_000, "remote", true),
+        ("/neither/0-999999", 300_000, "file_short", false),
+    ] {
+        let mut client = server.connect().await;
+        client.send(path).await;
+        client.send("/ping").await;
+        let head = client.head().await;
+        let body = client.body(&head).await;
+        assert!(body.len() <= most, "{path}: {}", body.len());
+        assert_same(&body, &server.body("0-999999")[..body.len()]);
+        client.unread.clear();
+        client.closed().await;
+        let abort = server.end().await.abort.expect("cut short");
+        assert_eq!((abort.reason, abort.error.is_some()), (reason, error));
+    }
+}
+
+/// A disk whose reads do not end before the test does.
+struct HangingDisk(std::sync::Mutex<std::sync::mpsc::Receiver<()>>);
+
+impl Pages for HangingDisk {
+    fn is_resident(&self, extent: &FileExtent, _: u64) -> bool {
+        extent.offset() < 2 << 20
+    }
+
+    fn read(&self, _: &FileExtent, _: u64) {
+        // Ends with an error once the sender is gone.
+        let _ = self.0.lock().unwrap().recv();
+    }
+}
+
+/// P10: more clients than there are places for loads, and none waits for the disk.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_hangs_is_passed_by_within_the_response() {
+    let (release, hang) = std::sync::mpsc::channel();
+    let disk = HangingDisk(std::sync::Mutex::new(hang));
+    let page_in = PageIn::over(disk, Duration::from_millis(50));
+    let mut server = Server::over(page_in.clone(), |_| ()).await;
+    let range = "1000000-5000000";
+    let mut clients = Vec::new();
+    for _ in 0..40 {
+        let mut client = server.connect().await;
+        client.send(&format!("/hanging/{range}")).await;
+        client.send("/ping").await;
+        clients.push(client);
+    }
+    for mut client in clients {
+        assert_same(&client.response().await, &server.body(range));
+        assert_eq!(client.response().await, b"pong");
+    }
+    for _ in 0..40 {
+        let end = server.end().await;
+        assert!(end.abort.is_none(), "{:?}", end.abort);
+        assert_eq!(end.rescues, 1);
+        assert_eq!(end.from_files + end.from_memory, end.promised);
+        assert!(end.from_files > 0 && end.from_memory > 0, "{end:?}");
+    }
+    assert!(page_in.loads() <= 32, "a dead disk takes no more threads");
+    drop(release);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -23,11 +23,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crc_fast::{CrcAlgorithm, Digest};
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, params};
 
 use super::coverage::{Coverage, Geometry};
 use super::durability::{KernelSync, Syncer};
 use super::failpoint::{self, Step};
+use super::revive::{Identity, identity, useless};
 use super::sums::{BlockSum, SegmentSums};
 use super::{CurrentRecord, DiskError, PurgeTarget, Whole};
 use crate::object::{ObjectKey, Representation, Revision, Validator};
@@ -106,6 +108,9 @@ const CHECKPOINT_BLOCKS: usize = 2048;
 const BUSY: Duration = Duration::from_secs(5);
 
 pub(super) const FILE: &str = "catalog.sqlite";
+
+/// What follows its name when it was set aside.
+const ASIDE: [&str; 3] = [".corrupt-", ".newer-", ".unusable-"];
 
 /// What SQLite keeps beside it.
 const LOGS: [&str; 2] = ["-wal", "-shm"];
@@ -250,6 +255,8 @@ pub(super) struct Start {
 /// The lock around the one connection; closed for good by [`Catalog::close`].
 pub(super) struct Catalog {
     db: Mutex<Option<Db>>,
+    /// The file, for as long as it is open.
+    file: Mutex<Option<Identity>>,
 }
 
 /// The open catalog.
@@ -260,14 +267,68 @@ pub(super) struct Db {
 }
 
 impl Catalog {
+    /// The database's name in the directory.
+    pub(super) const FILE: &str = FILE;
+
+    /// None: whoever asks is told that the tier is closed.
+    pub(super) fn absent() -> Self {
+        Self {
+            db: Mutex::new(None),
+            file: Mutex::new(None),
+        }
+    }
+
+    /// Puts another one in the place of this absent one.
+    pub(super) fn replace(&self, mut other: Self) {
+        let mut slot = self.db.lock();
+        *self.file.lock() = other.file.get_mut().take();
+        *slot = other.db.get_mut().take();
+    }
+
+    /// Closes it as it is, and touches nothing in the directory: its name may lead to another file by now.
+    pub(super) fn abandon(&self) {
+        let mut slot = self.db.lock();
+        *self.file.lock() = None;
+        if let Some(db) = slot.take() {
+            // Else the last connection removes the log, by its name.
+            let kept = db
+                .connection
+                .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true);
+            if let Err(error) = kept {
+                tracing::warn!(%error, "could not keep the log of a catalog that is given up");
+            }
+        }
+    }
+
+    /// Has the next [`Catalog::open`] set it aside.
+    pub(super) fn distrust(dir: &Path, reason: &str, sync: &dyn Syncer) -> Result<(), DiskError> {
+        mark(dir, reason, sync).map_err(|error| DiskError::io("write", &dir.join(DAMAGED), error))
+    }
+
+    /// Whether it will.
+    pub(super) fn is_marked(dir: &Path) -> bool {
+        dir.join(DAMAGED).exists()
+    }
+
+    /// The file that is open.
+    pub(super) fn identity(&self) -> std::io::Result<Identity> {
+        self.file
+            .lock()
+            .ok_or_else(|| std::io::ErrorKind::NotFound.into())
+    }
+
     /// Opens `dir`'s catalog and begins a run. A catalog that is damaged or newer than this
     /// program is set aside, and an empty one begun: a cache that starts cold beats one that does not.
     pub(super) fn open(dir: &Path, sync: &dyn Syncer) -> Result<(Self, Start), DiskError> {
         let path = dir.join(FILE);
         let damaged = dir.join(DAMAGED);
-        if damaged.exists() {
+        if Self::is_marked(dir) {
             let reason = fs::read_to_string(&damaged).unwrap_or_default();
             set_aside(dir, "corrupt", reason.trim(), sync)?;
+        }
+        let files = ["", "-wal", "-shm"].map(|suffix| dir.join(format!("{FILE}{suffix}")));
+        if let Some(reason) = useless(files.iter().map(PathBuf::as_path)) {
+            set_aside(dir, "unusable", &reason, sync)?;
         }
         let connect = || connect(dir);
         let opened = match connect() {
@@ -301,9 +362,12 @@ impl Catalog {
         let start = db.begin_run()?;
         db.run = start.run;
         failpoint::reached(dir, Step::RunBegun);
+        let file = identity(fs::metadata(&path))
+            .map_err(|error| DiskError::io("look at", &path, error))?;
         Ok((
             Self {
                 db: Mutex::new(Some(db)),
+                file: Mutex::new(Some(file)),
             },
             start,
         ))
@@ -311,7 +375,7 @@ impl Catalog {
 
     /// A second connection, for checkpoints: they sync, and must not hold the lock meanwhile.
     pub(super) fn checkpointer(dir: &Path) -> Result<Checkpointer, DiskError> {
-        let connection = Connection::open(dir.join(FILE)).map_err(|error| catalog_error(&error))?;
+        let connection = second(dir)?;
         Ok(Checkpointer {
             connection,
             commits: 0,
@@ -321,15 +385,10 @@ impl Catalog {
 
     /// A connection of its own for the sweep, which reads the whole catalog and must not hold the lock meanwhile.
     pub(super) fn reader(dir: &Path) -> Result<Reader, DiskError> {
-        let open = || {
-            let connection = Connection::open(dir.join(FILE))?;
-            connection.busy_timeout(BUSY)?;
-            Ok(Reader {
-                connection,
-                dir: dir.to_owned(),
-            })
-        };
-        open().map_err(|error| catalog_error(&error))
+        Ok(Reader {
+            connection: second(dir)?,
+            dir: dir.to_owned(),
+        })
     }
 
     /// Takes the lock. Blocks while others use the catalog, so never on a runtime's worker.
@@ -364,7 +423,7 @@ impl Catalog {
     /// Begins a run of its own again after [`release`](Self::release), as [`open`](Self::open) does.
     pub(super) fn reopen(&self, dir: &Path, sync: &dyn Syncer) -> Result<Start, DiskError> {
         let (opened, start) = Self::open(dir, sync)?;
-        *self.db.lock() = opened.db.into_inner();
+        self.replace(opened);
         Ok(start)
     }
 
@@ -961,6 +1020,18 @@ fn connect(dir: &Path) -> Result<Connection, Refused> {
     Ok(connection)
 }
 
+/// A connection beside the first. It must not be the one that removes the log, which SQLite does by its name: the
+/// directory may be another one by then.
+fn second(dir: &Path) -> Result<Connection, DiskError> {
+    let open = || {
+        let connection = Connection::open(dir.join(FILE))?;
+        connection.busy_timeout(BUSY)?;
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+        Ok(connection)
+    };
+    open().map_err(|error| catalog_error(&error))
+}
+
 /// For a process that may look, while another one writes.
 fn connect_to_read(path: &Path) -> rusqlite::Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -1010,10 +1081,11 @@ fn remove_set_aside(dir: &Path) -> Result<(), DiskError> {
         let name = entry.map_err(failed)?.file_name();
         let is_one = name.to_str().is_some_and(|name| {
             name.strip_prefix(FILE)
-                .is_some_and(|rest| rest.starts_with(".corrupt-") || rest.starts_with(".newer-"))
+                .is_some_and(|rest| ASIDE.iter().any(|why| rest.starts_with(why)))
         });
-        if is_one {
-            let path = dir.join(name);
+        let path = dir.join(name);
+        // Somebody made a directory in the catalog's place, and may want what is in it.
+        if is_one && !path.is_dir() {
             fs::remove_file(&path).map_err(|error| DiskError::io("unlink", &path, error))?;
         }
     }
@@ -1031,6 +1103,7 @@ fn mark(dir: &Path, reason: &str, sync: &dyn Syncer) -> std::io::Result<()> {
 /// What to tell of an error, once the next start has been told of damage.
 fn failed(dir: &Path, error: &rusqlite::Error) -> DiskError {
     if is_damage(error)
+        && !Catalog::is_marked(dir)
         && mark(
             dir,
             &format!("a query found it damaged: {error}"),
@@ -1040,7 +1113,7 @@ fn failed(dir: &Path, error: &rusqlite::Error) -> DiskError {
     {
         tracing::error!(
             %error,
-            "the catalog is damaged; the next start sets it aside and begins an empty one"
+            "the catalog is damaged: it is set aside, and an empty one begun"
         );
     }
     catalog_error(error)

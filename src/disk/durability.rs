@@ -260,6 +260,10 @@ pub(super) fn run(shared: &Arc<Shared>, mut checkpointer: Checkpointer) {
             Commit::Durable
         };
         let segments = work.blocks.len();
+        // While it is overdue no more is taken on that would have to wait here too.
+        let _busy = shared
+            .watch
+            .begin("make segments durable", shared.watch.limits.sync);
         let settled = settle(shared, work, commit);
         if settled.is_ok() {
             shared.reached(Step::Recorded);
@@ -374,6 +378,7 @@ fn settle(shared: &Shared, work: Work, commit: Commit) -> Result<(), DiskError> 
     });
     match &result {
         Ok(()) => {
+            shared.unrecorded.over();
             let mut grew: HashMap<i64, &HeldRevision> = HashMap::new();
             for (grown, last_used) in recorded {
                 grown.recorded(last_used);
@@ -385,6 +390,8 @@ fn settle(shared: &Shared, work: Work, commit: Commit) -> Result<(), DiskError> 
         }
         Err(error) => {
             let error = io::Error::other(error.to_string());
+            // What is written now could not be recorded either, and would be fetched in vain.
+            shared.unrecorded.note("record in", &shared.dir, &error);
             for grown in grown.iter().filter(|grown| grown.file.is_some()) {
                 shared.quarantine(&grown.held, grown.key, &error);
             }

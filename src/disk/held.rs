@@ -28,7 +28,8 @@ use super::coverage::{Coverage, Geometry};
 use super::extent::{FileExtent, SegmentFile};
 use super::room::Charge;
 use super::sums::{Buffered, Contents};
-use super::tier::{Shared, on_pool};
+use super::tier::Shared;
+use super::watch::within;
 use super::writer::BlockWriter;
 use super::{DiskError, Reservation};
 use crate::object::{Representation, Revision};
@@ -171,8 +172,11 @@ impl HeldRevision {
                 return;
             }
             state.representation = Arc::clone(&representation);
+            // Under the lock: another catalog may give the number of a doomed one to another revision.
+            if !self.is_doomed() {
+                self.shared.queue.update(self.id, representation);
+            }
         }
-        self.shared.queue.update(self.id, representation);
     }
 
     /// Purged: nothing new may be written or found through it.
@@ -217,7 +221,7 @@ impl HeldRevision {
     /// gone, short, or (after an unclean stop) not what its checksums say, its coverage is dropped
     /// instead: the next step says Missing. Where it cannot be opened for now (descriptors used
     /// up, disk trouble), memory forgets the segment and the file is kept, so that the caller goes
-    /// on and a later load finds it again.
+    /// on and a later load finds it again. Where the disk hangs, it stays closed: the next step says so again.
     ///
     /// Dropping the future leaves the work to finish by itself.
     pub async fn open_at(&self, offset: u64) {
@@ -225,16 +229,26 @@ impl HeldRevision {
             return;
         };
         // One at a time per file: checking a segment twice at once only costs.
-        let turn = self.shared.opening_turn(incarnation).lock_owned().await;
+        let watch = &self.shared.watch;
+        // Whose turn it is may be what hangs.
+        if watch.overdue().is_some() {
+            return;
+        }
+        let limit = watch.limits.open;
+        let turn = self.shared.opening_turn(incarnation).lock_owned();
+        let Some(turn) = within(limit, turn).await else {
+            return;
+        };
         let me = self.me();
-        let opened = on_pool(move || {
+        let opened = watch.run("open a segment file", limit, move || {
             let _turn = turn;
             // Again: someone else may have opened it while we waited.
             if let Some((key, _)) = me.closed_at(offset) {
                 me.open(key);
             }
+            Ok(())
         });
-        // A panic in there has been reported by its hook; the next step tells what came of it.
+        // The next step tells what came of it; of a disk that hangs, the watch has told.
         let _ = opened.await;
     }
 

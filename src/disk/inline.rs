@@ -30,6 +30,7 @@ pub(crate) fn open(config: DiskConfig) -> Result<Arc<DiskTier>, DiskError> {
         sync: Box::new(NoPowerToLose),
         revisions_in_memory: 6,
         max_open_files: 12,
+        ..Seams::default()
     };
     DiskTier::open_with(config, seams)
 }

@@ -29,6 +29,8 @@
 //!    ├ sweep.rs     the thread that reclaims what an earlier run left over
 //!    ├ catalog.rs   SQLite
 //!    ├ room.rs      the account of bytes: Reservation → Charge
+//!    ├ watch.rs     how long the disk is waited for
+//!    ├ revive.rs    a directory that vanished or broke: let go of, and opened again
 //!    └ failpoint.rs the steps at which tests take the power away
 //!  offline.rs     the same checks on the directory of a replica that does not run
 //! ```
@@ -52,6 +54,7 @@ mod held;
 #[cfg(test)]
 pub(crate) mod inline;
 pub mod offline;
+mod revive;
 mod room;
 mod scrub;
 mod sums;
@@ -59,6 +62,7 @@ mod sweep;
 #[cfg(test)]
 mod tests;
 mod tier;
+mod watch;
 mod whole;
 mod writer;
 
@@ -139,6 +143,12 @@ pub enum DiskError {
     /// Catalog error.
     #[error("catalog: {0}")]
     Catalog(String),
+    /// The disk does not answer in time: go past it. What was begun goes on.
+    #[error("the cache disk hangs: could not {what} in time")]
+    Hangs {
+        /// What was being done.
+        what: &'static str,
+    },
 }
 
 impl DiskError {
@@ -242,8 +252,10 @@ pub struct DiskStats {
     pub revisions_in_memory: u64,
     /// Segment files open, those that responses hold included.
     pub open_files: u64,
-    /// Whether writes are being refused for now (disk trouble).
+    /// Whether writes are being refused for now, or nothing can be read either (disk trouble).
     pub degraded: bool,
+    /// Whether the directory is not in use at all: it could not be opened, or went away.
+    pub out: bool,
     /// Bytes that were read to be compared with their checksums since the start.
     pub scrubbed_bytes: u64,
     /// Segments of which every block was compared since the start.

@@ -15,6 +15,8 @@ pub(super) struct Room {
     capacity: u64,
     used: AtomicU64,
     reserved: AtomicU64,
+    /// Bytes that only the catalog knows of: no charge stands for them.
+    stored: AtomicU64,
     open_files: AtomicUsize,
 }
 
@@ -25,6 +27,7 @@ impl Room {
             capacity,
             used: AtomicU64::new(used),
             reserved: AtomicU64::new(0),
+            stored: AtomicU64::new(used),
             open_files: AtomicUsize::new(0),
         })
     }
@@ -81,10 +84,25 @@ impl Room {
         // Never below what is still open here: `before` is part of `used`.
         self.used.fetch_add(after, Ordering::AcqRel);
         self.used.fetch_sub(before, Ordering::AcqRel);
+        self.stored.fetch_add(after, Ordering::AcqRel);
+        self.stored.fetch_sub(before, Ordering::AcqRel);
     }
 
-    /// The file that held these bytes is gone, and nobody had it open.
+    /// The file that held these bytes is gone; only the catalog knew of it.
     pub(super) fn release(&self, bytes: u64) {
+        self.stored.fetch_sub(bytes, Ordering::AcqRel);
+        self.give_back(bytes);
+    }
+
+    /// Another catalog is in use, which knows of this many bytes. No revision of the one before is in memory any more;
+    /// what is open still counts.
+    pub(super) fn restock(&self, bytes: u64) {
+        let before = self.stored.swap(bytes, Ordering::AcqRel);
+        self.used.fetch_add(bytes, Ordering::AcqRel);
+        self.used.fetch_sub(before, Ordering::AcqRel);
+    }
+
+    fn give_back(&self, bytes: u64) {
         self.used.fetch_sub(bytes, Ordering::AcqRel);
     }
 }
@@ -117,7 +135,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.room.reserved.fetch_sub(self.bytes, Ordering::AcqRel);
-        self.room.release(self.bytes);
+        self.room.give_back(self.bytes);
     }
 }
 
@@ -132,6 +150,7 @@ pub(super) struct Charge {
 impl Charge {
     /// For a file whose `bytes` the account already knows.
     pub(super) fn new(room: &Arc<Room>, bytes: u64) -> Arc<Self> {
+        room.stored.fetch_sub(bytes, Ordering::AcqRel);
         Arc::new(Self {
             room: Arc::clone(room),
             bytes: AtomicU64::new(bytes),
@@ -155,8 +174,11 @@ impl Charge {
 
 impl Drop for Charge {
     fn drop(&mut self) {
+        let bytes = *self.bytes.get_mut();
         if *self.unlinked.get_mut() {
-            self.room.release(*self.bytes.get_mut());
+            self.room.give_back(bytes);
+        } else {
+            self.room.stored.fetch_add(bytes, Ordering::AcqRel);
         }
     }
 }

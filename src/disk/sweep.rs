@@ -84,7 +84,7 @@ pub(super) fn run(shared: &Shared, reader: &Reader, last_revision: i64) {
         );
     }
     if let Err(error) = swept
-        && !shared.is_closed()
+        && !shared.is_over()
     {
         tracing::warn!(%error, "could not remove all that an earlier run left over; the next start tries again");
     }
@@ -94,7 +94,7 @@ pub(super) fn run(shared: &Shared, reader: &Reader, last_revision: i64) {
 fn files(shared: &Shared, reader: &Reader, pace: &mut Pace) -> Result<HashSet<u128>, DiskError> {
     let mut missing = HashSet::new();
     for shard in 0..=u8::MAX {
-        if shared.is_closed() {
+        if shared.is_over() {
             break;
         }
         let first = u128::from(shard) << 120;
@@ -122,7 +122,7 @@ fn files(shared: &Shared, reader: &Reader, pace: &mut Pace) -> Result<HashSet<u1
             }
         }
         for file in unknown {
-            if shared.is_closed() {
+            if shared.is_over() {
                 break;
             }
             // Sparse: what it takes is not its length.
@@ -161,7 +161,7 @@ fn rows(
     pace: &mut Pace,
 ) -> Result<(), DiskError> {
     let mut after = None;
-    while !missing.is_empty() && !shared.is_closed() {
+    while !missing.is_empty() && !shared.is_over() {
         let rows = reader.segments(after, ROWS)?;
         let Some(last) = rows.last() else {
             break;
@@ -217,7 +217,7 @@ fn revisions(
     pace: &mut Pace,
 ) -> Result<(), DiskError> {
     let mut after = 0;
-    while !shared.is_closed() {
+    while !shared.is_over() {
         let Some(searched) = reader.bare_revisions(after, last_revision, ROWS)? else {
             break;
         };

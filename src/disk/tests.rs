@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
@@ -22,6 +22,7 @@ use tempfile::TempDir;
 
 use super::durability::{KernelSync, Syncer};
 use super::tier::Seams;
+use super::watch::Limits;
 use super::*;
 use crate::object::{ObjectKey, Representation, Revision, Validator};
 use crate::semantics::ByteRange;
@@ -999,9 +1000,14 @@ impl Gate {
 }
 
 fn gated(dir: &Path) -> (Arc<Gate>, Arc<DiskTier>) {
+    gated_within(dir, Limits::default())
+}
+
+fn gated_within(dir: &Path, limits: Limits) -> (Arc<Gate>, Arc<DiskTier>) {
     let gate = Arc::new(Gate::default());
     let seams = Seams {
         sync: Box::new(Gated(Arc::clone(&gate))),
+        limits,
         ..Seams::default()
     };
     (gate, DiskTier::open_with(config(dir), seams).unwrap())
@@ -1068,4 +1074,395 @@ async fn a_closed_tier_refuses_and_still_sends() {
     assert!(tier.purge(PurgeTarget::Key(key("x"))).await.is_err());
     assert!(tier.load(&revision("x", "a")).await.is_none());
     assert_holds(&held, "x", range(0, SEGMENT)).await;
+}
+
+// === a disk that hangs ===
+
+/// Waits no longer than a healthy operation beside busy tests needs.
+fn impatient() -> Limits {
+    let limit = Duration::from_secs(1);
+    Limits {
+        catalog: limit,
+        write: limit,
+        open: limit,
+        // Other tests' disks are busy as well; where it matters, a test says so.
+        sync: Duration::from_mins(1),
+    }
+}
+
+fn open_within(dir: &Path, limits: Limits) -> Arc<DiskTier> {
+    let seams = Seams {
+        limits,
+        ..Seams::default()
+    };
+    DiskTier::open_with(config(dir), seams).unwrap()
+}
+
+/// Asks until `wanted` comes true, which nothing announces.
+async fn until(what: &str, mut wanted: impl FnMut() -> bool) {
+    let patience = Instant::now() + Duration::from_secs(30);
+    while !wanted() {
+        assert!(Instant::now() < patience, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Runs `lock` on a thread of its own, which is to take a lock and call what it is given: that returns once the
+/// result of this is dropped.
+fn hold(lock: impl FnOnce(&dyn Fn()) + Send + 'static) -> Held {
+    let (release, released) = std::sync::mpsc::channel::<()>();
+    let (locked, is_locked) = std::sync::mpsc::channel();
+    let holder = std::thread::spawn(move || {
+        lock(&|| {
+            locked.send(()).unwrap();
+            // An error once the sender is gone.
+            let _ = released.recv();
+        });
+    });
+    is_locked.recv().unwrap();
+    Held(Some(release), Some(holder))
+}
+
+struct Held(
+    Option<std::sync::mpsc::Sender<()>>,
+    Option<std::thread::JoinHandle<()>>,
+);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        drop(self.0.take());
+        if let Some(holder) = self.1.take() {
+            holder.join().unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_write_that_hangs_is_given_up_and_the_episode_ends_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open_within(dir.path(), impatient());
+    let held = admit(&tier, "x", 2 * SEGMENT).await;
+    let reservation = tier.reserve(2 * SEGMENT).await.unwrap();
+    let mut writer = held
+        .writer(range(0, 2 * SEGMENT), reservation)
+        .await
+        .unwrap();
+    let bytes = Bytes::from(body("x", 2 * SEGMENT));
+    let first = bytes.slice(..SEGMENT as usize);
+    writer.write(vec![first]).await.unwrap();
+    tier.flush().await.unwrap();
+
+    // The second segment's file cannot be made.
+    let making = Arc::clone(&held);
+    let hang = hold(move |until_released| {
+        let _creating = making.creating.lock();
+        until_released();
+    });
+    let second = bytes.slice(SEGMENT as usize..SEGMENT as usize + 10);
+    let error = writer.write(vec![second]).await.unwrap_err();
+    assert!(matches!(error, DiskError::Hangs { .. }), "{error}");
+    drop(writer);
+    assert!(tier.stats().degraded);
+    assert!(matches!(tier.reserve(1).await, Err(DiskError::NoRoom)));
+    assert!(tier.load(&revision("unknown", "a")).await.is_none());
+    let refused = tier.admit(&key("y"), &representation("a", 1)).await;
+    assert!(matches!(refused, Err(DiskError::Hangs { .. })));
+    assert_holds(&held, "x", range(0, SEGMENT)).await;
+
+    drop(hang);
+    until("writes again", || !tier.stats().degraded).await;
+    put(&tier, "y", BLOCK).await;
+    tier.flush().await.unwrap();
+    until("what hung has given its room back", || {
+        tier.stats().used_bytes == SEGMENT + BLOCK
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_catalog_that_hangs_holds_few_threads_and_no_request() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open_within(dir.path(), impatient());
+    let held = put(&tier, "x", BLOCK).await;
+    tier.flush().await.unwrap();
+    let shared = tier.shared();
+    let hang = hold(move |until_released| {
+        let _db = shared.catalog.lock();
+        until_released();
+    });
+    let names: Vec<_> = (0..500).map(|n| revision(&format!("n{n}"), "a")).collect();
+    let loads = names.iter().map(|name| tier.load(name));
+    let found = futures::future::join_all(loads).await;
+    assert!(found.iter().all(Option::is_none));
+    assert!(
+        tier.shared().watch.busy() <= 128,
+        "{}",
+        tier.shared().watch.busy()
+    );
+    assert!(tier.last_current(&key("x")).await.is_none());
+    let purge = tier.purge(PurgeTarget::Key(key("x"))).await;
+    assert!(matches!(purge, Err(DiskError::Hangs { .. })));
+    assert_holds(&held, "x", range(0, BLOCK)).await;
+
+    drop(hang);
+    until("the catalog answers", || !tier.stats().degraded).await;
+    assert!(tier.load(held.revision()).await.is_some());
+    put(&tier, "y", BLOCK).await;
+}
+
+#[tokio::test]
+async fn a_sync_that_hangs_lets_nothing_pile_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits {
+        sync: Duration::from_secs(1),
+        ..Limits::default()
+    };
+    let (gate, tier) = gated_within(dir.path(), limits);
+    let held = put(&tier, "x", SEGMENT).await;
+    gate.wait_until_reached();
+    until("it takes too long", || tier.stats().degraded).await;
+    assert!(matches!(tier.reserve(1).await, Err(DiskError::NoRoom)));
+    assert_eq!(tier.stats().used_bytes, SEGMENT);
+    assert_holds(&held, "x", range(0, SEGMENT)).await;
+    gate.open();
+    until("it is through", || !tier.stats().degraded).await;
+    put(&tier, "y", SEGMENT).await;
+    tier.flush().await.unwrap();
+    assert_eq!(rows(dir.path(), "segments"), 2);
+}
+
+#[tokio::test]
+async fn a_file_that_does_not_open_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    put(&tier, "x", BLOCK).await;
+    tier.close().await.unwrap();
+    // Whoever opens a pipe waits for its other end.
+    let file = segment_files(dir.path()).remove(0);
+    fs::remove_file(&file).unwrap();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &file,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        0,
+    )
+    .unwrap();
+    let tier = open_within(dir.path(), impatient());
+    let held = tier.load(&revision("x", "a")).await.unwrap();
+    held.open_at(0).await;
+    assert!(matches!(held.step(range(0, 1)), Step::Closed));
+    assert!(tier.stats().degraded);
+    held.open_at(0).await;
+    // The other end: now it opens, and is too short.
+    drop(OpenOptions::new().write(true).open(&file).unwrap());
+    until("it opens", || !tier.stats().degraded).await;
+    assert!(matches!(held.step(range(0, 1)), Step::Missing(_)));
+    put(&tier, "x", BLOCK).await;
+}
+
+// === a directory that goes away, and comes back ===
+
+fn empty(dir: &Path) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            remove(&path);
+        } else {
+            fs::remove_file(path).unwrap();
+        }
+    }
+}
+
+/// The tier may make a file in it just now.
+fn remove(dir: &Path) {
+    while let Err(error) = fs::remove_dir_all(dir) {
+        assert_eq!(error.kind(), io::ErrorKind::DirectoryNotEmpty);
+    }
+}
+
+#[tokio::test]
+async fn a_directory_that_was_deleted_or_replaced_is_begun_anew() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("cache");
+    let tier = open(&dir);
+    put(&tier, "forgotten", SEGMENT).await;
+    tier.flush().await.unwrap();
+    let ways: [fn(&Path); 4] = [
+        empty,
+        remove,
+        |dir| fs::rename(dir, dir.with_file_name("elsewhere")).unwrap(),
+        |dir| remove(&dir.join("segments")),
+    ];
+    for (round, take_away) in ways.into_iter().enumerate() {
+        let name = format!("x{round}");
+        let held = put(&tier, &name, SEGMENT).await;
+        tier.flush().await.unwrap();
+        let Step::Present(extent) = held.step(range(0, SEGMENT)) else {
+            panic!()
+        };
+        let reservation = tier.reserve(SEGMENT).await.unwrap();
+        let started = admit(&tier, "started", SEGMENT).await;
+        let mut writer = started
+            .writer(range(0, SEGMENT), reservation)
+            .await
+            .unwrap();
+
+        take_away(&dir);
+        tier.look_after();
+        assert!(!tier.stats().out, "{round}: {:?}", tier.trouble());
+        assert!(held.is_doomed());
+        assert_eq!(bytes_of(&extent), body(&name, SEGMENT), "sent to its end");
+        drop(extent);
+        let refused = writer.write(vec![body("started", SEGMENT).into()]).await;
+        assert!(matches!(refused, Err(DiskError::Purged)), "{refused:?}");
+        drop(writer);
+        // A re-upload of equal bytes, told to a revision of the old catalog: the new one numbers its own.
+        let late = Representation {
+            headers: Vec::new(),
+            ..representation("a", SEGMENT)
+        };
+        held.update_representation(Arc::new(late));
+        drop((held, started));
+
+        let again = put(&tier, &name, SEGMENT).await;
+        assert_holds(&again, &name, range(0, SEGMENT)).await;
+        tier.flush().await.unwrap();
+        assert_eq!(tier.stats().used_bytes, SEGMENT, "{round}");
+        assert_eq!(segment_files(&dir).len(), 1, "{round}");
+        assert_eq!(rows(&dir, "segments"), 1, "{round}");
+        let stored = tier.load(&revision(&name, "a")).await.unwrap();
+        assert!(!stored.representation().headers.is_empty(), "{round}");
+        let second = DiskTier::open(config(&dir)).err();
+        assert!(
+            matches!(second, Some(DiskError::Locked { .. })),
+            "{second:?}"
+        );
+        tier.look_after();
+        assert!(!again.is_doomed(), "all is well");
+        tier.purge(PurgeTarget::Key(key(&name))).await.unwrap();
+    }
+    tier.close().await.unwrap();
+    assert_eq!(rows(&dir, "meta WHERE name = 'clean' AND value = 1"), 1);
+}
+
+#[tokio::test]
+async fn a_single_shard_that_was_deleted_is_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    for shard in 0..=255 {
+        fs::remove_dir(dir.path().join(format!("segments/{shard:02x}"))).unwrap();
+    }
+    let held = put(&tier, "x", SEGMENT).await;
+    tier.flush().await.unwrap();
+    assert_holds(&held, "x", range(0, SEGMENT)).await;
+    assert_eq!(rows(dir.path(), "segments"), 1);
+}
+
+#[tokio::test]
+async fn a_catalog_that_is_damaged_while_it_is_used_is_set_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    for n in 0..200 {
+        admit(&tier, &format!("{n}{}", "long".repeat(50)), BLOCK).await;
+    }
+    let kept = put(&tier, "kept", BLOCK).await;
+    tier.close().await.unwrap();
+    let tier = open(dir.path());
+    let file = OpenOptions::new()
+        .write(true)
+        .open(dir.path().join("catalog.sqlite"))
+        .unwrap();
+    let len = file.metadata().unwrap().len();
+    file.write_all_at(&vec![0; (len - 4096) as usize], 4096)
+        .unwrap();
+
+    assert!(
+        tier.load(kept.revision()).await.is_none(),
+        "it cannot be looked up"
+    );
+    tier.look_after();
+    assert!(!tier.stats().out, "{:?}", tier.trouble());
+    let aside = fs::read_dir(dir.path()).unwrap().filter(|entry| {
+        let name = entry.as_ref().unwrap().file_name();
+        name.to_str()
+            .unwrap()
+            .starts_with("catalog.sqlite.corrupt-")
+    });
+    assert!(aside.count() > 0);
+    put(&tier, "x", BLOCK).await;
+    tier.flush().await.unwrap();
+    tier.look_after();
+    assert!(tier.load(&revision("x", "a")).await.is_some());
+    tier.close().await.unwrap();
+    let tier = open(dir.path());
+    assert!(
+        tier.load(&revision("x", "a")).await.is_some(),
+        "it is sound again"
+    );
+}
+
+/// Damage in what the start itself reads.
+#[tokio::test]
+async fn a_catalog_that_cannot_begin_a_run_is_set_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    open(dir.path()).close().await.unwrap();
+    let catalog = Connection::open(dir.path().join("catalog.sqlite")).unwrap();
+    catalog
+        .execute("DELETE FROM meta WHERE name = 'suspect_run'", [])
+        .unwrap();
+    drop(catalog);
+    let tier = open(dir.path());
+    assert!(!tier.stats().out, "{:?}", tier.trouble());
+    put(&tier, "x", BLOCK).await;
+}
+
+#[tokio::test]
+async fn a_tier_that_cannot_be_opened_is_out_until_it_can() {
+    let dir = tempfile::tempdir().unwrap();
+    // No mistake of a configuration, but nothing to work with.
+    let obstacle = dir.path().join("lock");
+    fs::create_dir(&obstacle).unwrap();
+    let tier = open(dir.path());
+    assert!(tier.stats().out && tier.stats().degraded);
+    let trouble = tier.trouble().unwrap();
+    assert!(trouble.contains("lock"), "{trouble}");
+    assert!(matches!(tier.reserve(1).await, Err(DiskError::NoRoom)));
+    assert!(tier.load(&revision("x", "a")).await.is_none());
+    assert!(tier.last_current(&key("x")).await.is_none());
+    assert!(tier.purge(PurgeTarget::Key(key("x"))).await.is_err());
+    fs::remove_dir(&obstacle).unwrap();
+    until("the keeper opens it", || !tier.stats().out).await;
+    assert_eq!(tier.trouble(), None);
+    put(&tier, "x", BLOCK).await;
+    tier.close().await.unwrap();
+
+    fs::create_dir(dir.path().join("other")).unwrap();
+    let other = dir.path().join("other/lock");
+    fs::create_dir(&other).unwrap();
+    let tier = open(&dir.path().join("other"));
+    tier.close().await.unwrap();
+    fs::remove_dir(&other).unwrap();
+    tier.look_after();
+    assert!(tier.stats().out, "what was closed is not opened again");
+}
+
+#[tokio::test]
+async fn what_could_not_be_unlinked_is_removed_once_that_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    put(&tier, "x", BLOCK).await;
+    tier.flush().await.unwrap();
+    // Nobody can unlink a directory, not even root.
+    let file = segment_files(dir.path()).remove(0);
+    fs::remove_file(&file).unwrap();
+    fs::create_dir(&file).unwrap();
+    tier.purge(PurgeTarget::Key(key("x"))).await.unwrap();
+    assert!(tier.trouble().unwrap().contains("could not unlink"));
+    tier.look_after();
+    assert!(file.exists());
+    fs::remove_dir(&file).unwrap();
+    fs::write(&file, "takes room").unwrap();
+    tier.look_after();
+    assert!(!file.exists());
 }

@@ -16,9 +16,8 @@
 //!   segments that memory does not know go first, and no list of all segments is needed.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -28,7 +27,6 @@ use std::time::{Duration, Instant, SystemTime};
 use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinError;
 
 use super::catalog::{Catalog, Checkpointer, Db, ScrubRow, SegmentId, Start, StoredRevision};
 use super::durability::{self, KernelSync, Queue, Syncer};
@@ -36,9 +34,11 @@ use super::failpoint::{self, Step};
 use super::held::{HeldRevision, Segment, SegmentKey};
 #[cfg(test)]
 use super::inline;
+use super::revive::{self, Keeper};
 use super::room::{Reservation, Room};
 use super::scrub::{self, Scrubber};
 use super::sweep::{self, SweptSoFar};
+use super::watch::{Limits, Watch};
 use super::{
     Computed, CurrentRecord, DiskConfig, DiskError, DiskStats, Lookup, MinFree, PurgeTarget,
     Purged, ScrubReport, Whole, whole,
@@ -64,22 +64,24 @@ const FREE_SPACE_FOR: Duration = Duration::from_secs(1);
 
 /// Completed revisions that wait for their checksum to be compared. Beyond that the next completion counts.
 const COMPLETIONS: usize = 1024;
+/// Files that could not be removed, and are remembered. Each takes 16 bytes here, and mostly 64 MiB there.
+const MAX_LEFT_OVER: usize = 64 << 10;
 
 /// Rows that eviction looks at in one go.
 const CANDIDATES: u32 = 128;
 
 /// The tier.
 pub struct DiskTier {
-    shared: Arc<Shared>,
-    worker: Mutex<Option<JoinHandle<()>>>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) worker: Mutex<Option<JoinHandle<()>>>,
     pub(super) sweeper: Mutex<Option<JoinHandle<()>>>,
-    scrub: Mutex<Option<JoinHandle<()>>>,
+    pub(super) scrub: Mutex<Option<JoinHandle<()>>>,
     completions: Mutex<Option<mpsc::Receiver<Revision>>>,
 }
 
 /// What the parts of the tier share.
 pub(super) struct Shared {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     min_free: MinFree,
     pub(super) block_size: u64,
     segment_size: u64,
@@ -87,23 +89,32 @@ pub(super) struct Shared {
     pub(super) catalog: Catalog,
     pub(super) queue: Queue,
     pub(super) sync: Box<dyn Syncer>,
+    /// With segment files.
     pub(super) trouble: Trouble,
+    /// With the catalog: written, but not recorded.
+    pub(super) unrecorded: Trouble,
+    /// With the file system's free space. Only told of: each reservation looks for itself.
+    pub(super) crowded: Trouble,
+    pub(super) keeper: Keeper,
+    pub(super) watch: Arc<Watch>,
     /// Segments recorded by this run or an earlier one are verified before they are served.
     pub(super) suspect_run: AtomicI64,
     revisions: Mutex<Revisions>,
     /// One eviction at a time, else each would evict for all.
     evictor: Mutex<()>,
-    free_space: Mutex<Option<FreeSpace>>,
-    clock: AtomicU64,
-    random: File,
+    pub(super) free_space: Mutex<Option<FreeSpace>>,
+    pub(super) clock: AtomicU64,
+    pub(super) random: File,
     /// The low half of every incarnation of this run: leftovers of earlier ones are told by it.
-    run_mark: u64,
+    pub(super) run_mark: AtomicU64,
     opening: Vec<Arc<tokio::sync::Mutex<()>>>,
     max_open_files: usize,
     closed: AtomicBool,
     /// Another process may write the directory: here it is at most read. Set under the catalog's lock.
     released: AtomicBool,
-    lock: Mutex<Option<File>>,
+    pub(super) lock: Mutex<Option<File>>,
+    /// Files that could not be removed.
+    pub(super) left_over: Mutex<Vec<u128>>,
     /// What the catalog counted when another process was let in.
     released_bytes: AtomicU64,
     evictions: AtomicU64,
@@ -122,11 +133,11 @@ struct Revisions {
 }
 
 #[derive(Clone, Copy)]
-struct FreeSpace {
+pub(super) struct FreeSpace {
     at: Instant,
     /// What the file system had left beyond `min_free` and what was promised to writers; below 0
     /// where others filled it.
-    spare: i128,
+    pub(super) spare: i128,
     /// The account at that time.
     used: u64,
 }
@@ -134,6 +145,7 @@ struct FreeSpace {
 /// What tests change.
 pub(super) struct Seams {
     pub(super) sync: Box<dyn Syncer>,
+    pub(super) limits: Limits,
     pub(super) revisions_in_memory: usize,
     pub(super) max_open_files: usize,
 }
@@ -148,6 +160,7 @@ impl Default for Seams {
             });
         Self {
             sync: Box::new(KernelSync),
+            limits: Limits::default(),
             revisions_in_memory: REVISIONS_IN_MEMORY,
             max_open_files: quarter.clamp(16, 1 << 16),
         }
@@ -159,9 +172,12 @@ impl DiskTier {
     /// Files that no row names are removed in the background. Blocking, but for milliseconds
     /// whatever is held.
     ///
+    /// A directory that is full, read-only or fails is no error: the tier is [out](DiskTier::trouble) then, and comes
+    /// back when the disk does.
+    ///
     /// # Errors
-    /// [`DiskError::Locked`] if a process has it open; [`DiskError::Io`] and
-    /// [`DiskError::Catalog`] if the directory cannot be used.
+    /// [`DiskError::Locked`] if a process has it open; [`DiskError::Io`] if there cannot be such a directory, or it is
+    /// not one that we may use.
     ///
     /// # Panics
     /// If `block_size` is not a power of two; `config` has checked it.
@@ -176,28 +192,23 @@ impl DiskTier {
             config.block_size
         );
         let dir = config.dir;
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&dir)
-            .map_err(|error| DiskError::io("make the directory", &dir, error))?;
-        let lock = lock(&dir)?;
-        make_shards(&dir, seams.sync.as_ref())?;
-        let (catalog, start) = Catalog::open(&dir, seams.sync.as_ref())?;
-        let checkpointer = Catalog::checkpointer(&dir)?;
-        let mut random = File::open("/dev/urandom")
+        let random = File::open("/dev/urandom")
             .map_err(|error| DiskError::io("open", Path::new("/dev/urandom"), error))?;
         let (completed, completions) = mpsc::channel(COMPLETIONS);
         let shared = Arc::new(Shared {
             min_free: config.min_free,
             block_size: config.block_size,
             segment_size: segment_size(config.capacity, config.block_size),
-            room: Room::new(config.capacity, start.bytes),
-            catalog,
+            room: Room::new(config.capacity, 0),
+            catalog: Catalog::absent(),
             queue: Queue::default(),
             sync: seams.sync,
             trouble: Trouble::default(),
-            suspect_run: AtomicI64::new(start.suspect_run),
+            unrecorded: Trouble::default(),
+            crowded: Trouble::default(),
+            keeper: Keeper::default(),
+            watch: Watch::new(seams.limits),
+            suspect_run: AtomicI64::new(0),
             revisions: Mutex::new(Revisions {
                 by_name: HashMap::new(),
                 limit: seams.revisions_in_memory,
@@ -205,14 +216,15 @@ impl DiskTier {
             }),
             evictor: Mutex::new(()),
             free_space: Mutex::new(None),
-            clock: AtomicU64::new(start.last_used + 1),
-            run_mark: random_u64(&mut random)?,
+            clock: AtomicU64::new(1),
+            run_mark: AtomicU64::new(0),
             random,
             opening: (0..64).map(|_| Arc::default()).collect(),
             max_open_files: seams.max_open_files,
             closed: AtomicBool::new(false),
             released: AtomicBool::new(false),
-            lock: Mutex::new(Some(lock)),
+            lock: Mutex::new(None),
+            left_over: Mutex::default(),
             released_bytes: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
             evicted_bytes: AtomicU64::new(0),
@@ -222,19 +234,19 @@ impl DiskTier {
             swept: SweptSoFar::default(),
             dir,
         });
-        let tier = Self {
+        let tier = Arc::new(Self {
             shared,
             worker: Mutex::new(None),
             sweeper: Mutex::new(None),
             scrub: Mutex::new(None),
             completions: Mutex::new(Some(completions)),
-        };
-        tier.begin(start, checkpointer)?;
-        Ok(Arc::new(tier))
+        });
+        revive::start(&tier)?;
+        Ok(tier)
     }
 
     /// Starts the threads of a run.
-    fn begin(&self, start: Start, checkpointer: Checkpointer) -> Result<(), DiskError> {
+    pub(super) fn begin(&self, start: Start, checkpointer: Checkpointer) -> Result<(), DiskError> {
         if start.suspect_run == start.run - 1 && start.suspect_run > 0 {
             tracing::warn!(
                 "the last run did not end orderly: segments it recorded are verified at their first use"
@@ -268,6 +280,11 @@ impl DiskTier {
         Ok(())
     }
 
+    #[cfg(test)]
+    pub(super) fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
+    }
+
     /// Unit of coverage in bytes.
     pub fn block_size(&self) -> u64 {
         self.shared.block_size
@@ -287,10 +304,16 @@ impl DiskTier {
             return Some(held);
         }
         let (shared, wanted) = (Arc::clone(&self.shared), revision.clone());
-        match blocking(move || shared.load(wanted)).await {
+        let limit = self.shared.watch.limits.catalog;
+        let loaded = self
+            .shared
+            .watch
+            .run("look up a revision", limit, move || shared.load(wanted));
+        match loaded.await {
             Ok(held) => held,
             Err(error) => {
-                tracing::error!(%error, key = ?revision.key, "could not look up a revision: taken as not held");
+                self.shared
+                    .unanswered("could not look up a revision: taken as not held", &error);
                 None
             }
         }
@@ -319,7 +342,11 @@ impl DiskTier {
             return Ok(held);
         }
         let (shared, representation) = (Arc::clone(&self.shared), representation.clone());
-        blocking(move || shared.admit(revision, &representation)).await
+        let limit = self.shared.watch.limits.catalog;
+        let admitted = self.shared.watch.run("record a revision", limit, move || {
+            shared.admit(revision, &representation)
+        });
+        admitted.await
     }
 
     /// What was current when last asked; survives a restart. `None` as well if the catalog is in
@@ -329,16 +356,21 @@ impl DiskTier {
             return pending.0;
         }
         let (shared, wanted) = (Arc::clone(&self.shared), key.clone());
-        let found = blocking(move || {
-            let db = shared.catalog.lock()?;
-            // Under the lock: a purge or a commit may have come in between.
-            match shared.queue.pending_current(&wanted) {
-                Some(pending) => Ok(pending.0),
-                None => db.current(&wanted),
-            }
-        });
+        let limit = self.shared.watch.limits.catalog;
+        let found = self
+            .shared
+            .watch
+            .run("look up what was current", limit, move || {
+                let db = shared.catalog.lock()?;
+                // Under the lock: a purge or a commit may have come in between.
+                match shared.queue.pending_current(&wanted) {
+                    Some(pending) => Ok(pending.0),
+                    None => db.current(&wanted),
+                }
+            });
         found.await.unwrap_or_else(|error| {
-            tracing::error!(%error, ?key, "could not look up what was current");
+            self.shared
+                .unanswered("could not look up what was current", &error);
             None
         })
     }
@@ -358,10 +390,15 @@ impl DiskTier {
     /// Cancelling does not stop it.
     ///
     /// # Errors
-    /// [`DiskError::Catalog`]: nothing was purged.
+    /// [`DiskError::Catalog`]: nothing was purged. [`DiskError::Hangs`]: it may be yet, once the disk answers.
     pub async fn purge(&self, target: PurgeTarget) -> Result<Purged, DiskError> {
         let shared = Arc::clone(&self.shared);
-        blocking(move || shared.purge(&target)).await
+        let limit = self.shared.watch.limits.sync;
+        let purged = self
+            .shared
+            .watch
+            .run("purge", limit, move || shared.purge(&target));
+        purged.await
     }
 
     /// Room for `bytes`, evicting least recently used segments if need be.
@@ -372,6 +409,9 @@ impl DiskTier {
         let shared = &self.shared;
         if shared.closed.load(Ordering::Acquire)
             || shared.trouble.refuses_writes()
+            || shared.unrecorded.refuses_writes()
+            || shared.keeper.is_out()
+            || shared.watch.overdue().is_some()
             || bytes > shared.room.capacity()
         {
             return Err(DiskError::NoRoom);
@@ -384,7 +424,11 @@ impl DiskTier {
             return Ok(reservation);
         }
         let shared = Arc::clone(shared);
-        blocking(move || shared.make_room(bytes)).await
+        let limit = shared.watch.limits.write;
+        let watch = Arc::clone(&shared.watch);
+        watch
+            .run("make room", limit, move || shared.make_room(bytes))
+            .await
     }
 
     /// Waits until every block completed before the call is durable: it survives power loss.
@@ -491,6 +535,7 @@ impl DiskTier {
     /// # Errors
     /// [`DiskError::Catalog`] if that could not be recorded; the next start verifies instead.
     pub async fn close(&self) -> Result<(), DiskError> {
+        self.shared.keeper.end();
         self.end(|shared, touched| shared.catalog.close(touched))
             .await?;
         self.shared.catalog.stop_reading();
@@ -527,28 +572,32 @@ impl DiskTier {
     /// As [`open`](Self::open): [`DiskError::Locked`] while the other process lives.
     pub async fn reclaim(self: &Arc<Self>) -> Result<(), DiskError> {
         let me = Arc::clone(self);
-        blocking(move || {
-            let shared = &me.shared;
-            let lock = lock(&shared.dir)?;
-            let start = shared.catalog.reopen(&shared.dir, shared.sync.as_ref())?;
-            let checkpointer = Catalog::checkpointer(&shared.dir)?;
-            shared
-                .suspect_run
-                .store(start.suspect_run, Ordering::Release);
-            shared
-                .clock
-                .fetch_max(start.last_used + 1, Ordering::Relaxed);
-            let before = shared.released_bytes.load(Ordering::Acquire);
-            shared.room.recount(before, start.bytes);
-            shared.queue.reopen();
-            shared.scrubber.resume();
-            me.begin(start, checkpointer)?;
-            *shared.lock.lock() = Some(lock);
-            shared.released.store(false, Ordering::Release);
-            shared.closed.store(false, Ordering::Release);
-            Ok(())
-        })
-        .await
+        let limit = self.shared.watch.limits.sync;
+        let taken_back = self
+            .shared
+            .watch
+            .run("take the catalog back", limit, move || {
+                let shared = &me.shared;
+                let lock = lock(&shared.dir)?;
+                let start = shared.catalog.reopen(&shared.dir, shared.sync.as_ref())?;
+                let checkpointer = Catalog::checkpointer(&shared.dir)?;
+                shared
+                    .suspect_run
+                    .store(start.suspect_run, Ordering::Release);
+                shared
+                    .clock
+                    .fetch_max(start.last_used + 1, Ordering::Relaxed);
+                let before = shared.released_bytes.load(Ordering::Acquire);
+                shared.room.recount(before, start.bytes);
+                shared.queue.reopen();
+                shared.scrubber.resume();
+                me.begin(start, checkpointer)?;
+                *shared.lock.lock() = Some(lock);
+                shared.released.store(false, Ordering::Release);
+                shared.closed.store(false, Ordering::Release);
+                Ok(())
+            });
+        taken_back.await
     }
 
     /// Ends the run: threads, memory, the catalog by `close`, the lock.
@@ -565,7 +614,11 @@ impl DiskTier {
         }
         shared.scrubber.stop();
         let threads = [&self.worker, &self.sweeper, &self.scrub].map(|thread| thread.lock().take());
-        blocking(move || {
+        // Threads that hang do not end, and the process is not to hang with them.
+        let limit = self.shared.watch.limits.sync;
+        let watch = Arc::clone(&self.shared.watch);
+        let closed = watch.run("close the catalog", limit, move || {
+            let _not_opened_now = shared.keeper.pause();
             for thread in threads.into_iter().flatten() {
                 if thread.join().is_err() {
                     return Err(DiskError::Catalog(
@@ -588,8 +641,22 @@ impl DiskTier {
             shared.reached(Step::Closed);
             *shared.lock.lock() = None;
             closed
-        })
-        .await
+        });
+        closed.await
+    }
+
+    /// What is wrong with the disk, for people; `None`: nothing that is known. Requests are served all the same.
+    pub fn trouble(&self) -> Option<String> {
+        let shared = &self.shared;
+        if let Some(why) = shared.keeper.out() {
+            return Some(format!("the cache directory is not in use: {why}"));
+        }
+        if let Some(what) = shared.watch.overdue() {
+            return Some(format!("the cache disk hangs: could not {what} in time"));
+        }
+        [&shared.trouble, &shared.unrecorded, &shared.crowded]
+            .into_iter()
+            .find_map(Trouble::what)
     }
 
     /// The process ends here: what waits to be recorded is lost.
@@ -612,11 +679,12 @@ impl DiskTier {
             sweeping: shared.swept.is_going_on(),
             revisions_in_memory: shared.revisions.lock().by_name.len() as u64,
             open_files: shared.room.open_files() as u64,
-            degraded: shared.trouble.refuses_writes(),
             scrubbed_bytes: shared.scrubber.bytes.load(Ordering::Relaxed),
             scrubbed_segments: shared.scrubber.segments.load(Ordering::Relaxed),
             corrupt_blocks: shared.scrubber.corrupt_blocks.load(Ordering::Relaxed),
             oldest_verified: shared.scrubber.oldest_age(),
+            degraded: self.trouble().is_some(),
+            out: shared.keeper.is_out(),
         }
     }
 }
@@ -625,6 +693,7 @@ impl Drop for DiskTier {
     /// Without [`DiskTier::close`] this is an unclean stop: the next start verifies.
     fn drop(&mut self) {
         self.shared.closed.store(true, Ordering::Release);
+        self.shared.keeper.end();
         self.shared.queue.close();
         self.shared.scrubber.stop();
         // Revisions hold the shared part, and it them.
@@ -634,6 +703,16 @@ impl Drop for DiskTier {
 }
 
 impl Shared {
+    /// A request goes on without an answer of the catalog. The trouble behind it is reported elsewhere, once; this is
+    /// each request's share of it.
+    fn unanswered(&self, what: &'static str, error: &DiskError) {
+        match error {
+            DiskError::Hangs { .. } => tracing::debug!(%error, what),
+            _ if self.keeper.is_out() => tracing::debug!(%error, what),
+            _ => tracing::error!(%error, what),
+        }
+    }
+
     /// The next recency stamp. Logical, so that a clock that jumps does not reorder eviction.
     pub(super) fn tick(&self) -> u64 {
         self.clock.fetch_add(1, Ordering::Relaxed)
@@ -643,14 +722,19 @@ impl Shared {
         failpoint::reached(&self.dir, step);
     }
 
-    /// The tier is closing or closed: what goes on in the background ends.
+    /// The tier is closing or closed.
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
 
+    /// It is, or its directory went away: what goes on in the background ends.
+    pub(super) fn is_over(&self) -> bool {
+        self.is_closed() || self.keeper.is_out()
+    }
+
     /// Whether this run made the file.
     pub(super) fn is_of_this_run(&self, incarnation: u128) -> bool {
-        incarnation & u128::from(u64::MAX) == u128::from(self.run_mark)
+        incarnation & u128::from(u64::MAX) == u128::from(self.run_mark.load(Ordering::Acquire))
     }
 
     pub(super) fn shard_path(&self, incarnation: u128) -> PathBuf {
@@ -664,7 +748,7 @@ impl Shared {
     /// A name that no file had or will have: 64 random bits of its own beside 64 of this run.
     pub(super) fn new_incarnation(&self) -> Result<u128, DiskError> {
         let own = random_u64(&mut &self.random)?;
-        Ok(u128::from(own) << 64 | u128::from(self.run_mark))
+        Ok(u128::from(own) << 64 | u128::from(self.run_mark.load(Ordering::Acquire)))
     }
 
     pub(super) fn opening_turn(&self, incarnation: u128) -> Arc<tokio::sync::Mutex<()>> {
@@ -682,6 +766,12 @@ impl Shared {
         let held = Arc::clone(self.revisions.lock().by_name.get(revision)?);
         held.touch();
         Some(held)
+    }
+
+    /// Empties memory, and returns what was in it.
+    pub(super) fn forget_all(&self) -> Vec<Arc<HeldRevision>> {
+        let by_name = std::mem::take(&mut self.revisions.lock().by_name);
+        by_name.into_values().collect()
     }
 
     pub(super) fn is_in_memory(&self, revision: &Revision) -> bool {
@@ -812,21 +902,31 @@ impl Shared {
         bytes
     }
 
-    /// Removes a file whose row is gone, and says whether it was there. One that stays is without a row, and swept at
-    /// the next start.
+    /// Removes a file whose row is gone, and says whether it was there. One that stays takes room that nobody accounts
+    /// for: it is tried again once the disk works, and at the latest swept at the next start.
     pub(super) fn unlink(&self, incarnation: u128) -> bool {
+        self.try_unlink(incarnation).unwrap_or_else(|_noted| {
+            let mut left = self.left_over.lock();
+            if left.len() < MAX_LEFT_OVER {
+                left.push(incarnation);
+            }
+            false
+        })
+    }
+
+    pub(super) fn try_unlink(&self, incarnation: u128) -> io::Result<bool> {
         let path = self.segment_path(incarnation);
         match fs::remove_file(&path) {
             Ok(()) => {
                 self.reached(Step::Unlinked);
-                return true;
+                Ok(true)
             }
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => {
                 self.trouble.note("unlink", &path, &error);
+                Err(error)
             }
-            Err(_) => {}
         }
-        false
     }
 
     /// Drops a segment file that cannot be trusted: its row and the file. Blocking.
@@ -967,6 +1067,7 @@ impl Shared {
             let short = self.room.shortfall(bytes).max(missing);
             if short == 0 {
                 if let Some(reservation) = self.room.reserve(bytes) {
+                    self.crowded.over();
                     return Ok(reservation);
                 }
                 continue;
@@ -975,6 +1076,12 @@ impl Shared {
                 continue;
             }
             if flushed {
+                if missing > 0 {
+                    let full = io::Error::other(format!(
+                        "{missing} bytes too few are free beyond cache.min_free, and nothing of ours is left to evict"
+                    ));
+                    self.crowded.note("make room in", &self.dir, &full);
+                }
                 return Err(DiskError::NoRoom);
             }
             // What was completed a moment ago has no row yet, and can go once it has.
@@ -1091,7 +1198,7 @@ impl Shared {
         look.spare + i128::from(look.used) - i128::from(self.room.used())
     }
 
-    fn look_at_free_space(&self) -> Result<FreeSpace, DiskError> {
+    pub(super) fn look_at_free_space(&self) -> Result<FreeSpace, DiskError> {
         let used = self.room.used();
         let reserved = self.room.reserved();
         let stat = rustix::fs::statvfs(&self.dir)
@@ -1194,14 +1301,15 @@ fn touched_since_recorded(held: &Arc<HeldRevision>) -> Vec<(SegmentId, u64)> {
 /// Disk trouble: refuses writes for a while after one failed, and logs once until one works again.
 #[derive(Default)]
 pub(super) struct Trouble {
-    since: Mutex<Option<Instant>>,
+    since: Mutex<Option<(Instant, String)>>,
     reported: AtomicBool,
 }
 
 impl Trouble {
     /// A file operation failed.
     pub(super) fn note(&self, op: &'static str, path: &Path, error: &io::Error) {
-        *self.since.lock() = Some(Instant::now());
+        let what = format!("could not {op} {}: {error}", path.display());
+        *self.since.lock() = Some((Instant::now(), what));
         if !self.reported.swap(true, Ordering::AcqRel) {
             tracing::error!(
                 op, path = %path.display(), %error,
@@ -1224,15 +1332,30 @@ impl Trouble {
             && self
                 .since
                 .lock()
-                .is_some_and(|since| since.elapsed() < DEGRADED_FOR)
+                .as_ref()
+                .is_some_and(|(since, _)| since.elapsed() < DEGRADED_FOR)
+    }
+
+    /// Something failed, and has not been tried for a while.
+    pub(super) fn is_due(&self) -> bool {
+        let since = self.since.lock();
+        since
+            .as_ref()
+            .is_some_and(|(since, _)| since.elapsed() >= DEGRADED_FOR)
+    }
+
+    /// What failed last, until something works.
+    fn what(&self) -> Option<String> {
+        let since = self.since.lock();
+        since.as_ref().map(|(_, what)| what.clone())
     }
 }
 
-/// Runs `work` off the runtime's workers.
-pub(super) async fn blocking<T: Send + 'static>(
+/// Runs `work` off the runtime's workers, however long it takes: it reads whole files, and nobody's request waits for it.
+async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, DiskError> + Send + 'static,
 ) -> Result<T, DiskError> {
-    match on_pool(work).await {
+    match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
@@ -1249,21 +1372,6 @@ fn shard_path(dir: &Path, incarnation: u128) -> PathBuf {
 /// Where the segment file of this name is in the cache directory `dir`.
 pub(super) fn segment_path(dir: &Path, incarnation: u128) -> PathBuf {
     shard_path(dir, incarnation).join(format!("{incarnation:032x}.seg"))
-}
-
-/// Runs `work` on the pool of threads that may block; its panic is an error.
-pub(super) async fn on_pool<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, JoinError> {
-    #[cfg(test)]
-    if inline::is_on() {
-        // Others have their turn before and after, as they would have.
-        tokio::task::yield_now().await;
-        let done = work();
-        tokio::task::yield_now().await;
-        return Ok(done);
-    }
-    tokio::task::spawn_blocking(work).await
 }
 
 fn segment_size(capacity: u64, block_size: u64) -> u64 {
@@ -1311,7 +1419,7 @@ pub(super) fn lock(dir: &Path) -> Result<File, DiskError> {
 }
 
 /// Makes `segments/00` to `segments/ff`, so that a new file needs only its own directory synced.
-fn make_shards(dir: &Path, sync: &dyn Syncer) -> Result<(), DiskError> {
+pub(super) fn make_shards(dir: &Path, sync: &dyn Syncer) -> Result<(), DiskError> {
     let segments = dir.join("segments");
     let shards = (0..=u8::MAX).map(|shard| segments.join(format!("{shard:02x}")));
     for path in std::iter::once(segments.clone()).chain(shards) {
@@ -1330,7 +1438,7 @@ fn make_shards(dir: &Path, sync: &dyn Syncer) -> Result<(), DiskError> {
     Ok(())
 }
 
-fn random_u64(random: &mut impl Read) -> Result<u64, DiskError> {
+pub(super) fn random_u64(random: &mut impl Read) -> Result<u64, DiskError> {
     #[cfg(test)]
     if let Some(seeded) = chance::seeded::draw() {
         return Ok(seeded);

@@ -26,7 +26,7 @@ use super::failpoint::Step;
 use super::held::{HeldRevision, SegmentKey, State};
 use super::room::{Charge, Reservation};
 use super::sums::SumDigest;
-use super::tier::blocking;
+use super::watch::Watch;
 use crate::semantics::ByteRange;
 
 /// Bytes of one `pwritev`. A large one holds the inode's lock against senders: 1 MiB stalled
@@ -41,6 +41,7 @@ pub struct BlockWriter {
     /// `None` while a write is under way, and for good if its future was dropped.
     cursor: Option<Cursor>,
     view: Arc<WriterView>,
+    watch: Arc<Watch>,
 }
 
 impl BlockWriter {
@@ -60,6 +61,7 @@ impl BlockWriter {
             "a writer ends in the middle of a block or beyond the end: {range:?} of {}",
             g.size
         );
+        let watch = Arc::clone(&held.shared.watch);
         let view = Arc::new(WriterView {
             start: range.start(),
             cursor: AtomicU64::new(range.start()),
@@ -75,10 +77,14 @@ impl BlockWriter {
             view: Arc::clone(&view),
         };
         // Now, so that a disk that takes no new file is known before the remote is asked.
-        let cursor = blocking(move || cursor.enter().map(|()| cursor)).await?;
+        let limit = watch.limits.write;
+        let entered = watch.run("make a segment file", limit, move || {
+            cursor.enter().map(|()| cursor)
+        });
         Ok(Self {
-            cursor: Some(cursor),
+            cursor: Some(entered.await?),
             view,
+            watch,
         })
     }
 
@@ -90,8 +96,9 @@ impl BlockWriter {
     ///
     /// # Errors
     /// [`DiskError::NoRoom`] when the reservation is used up or the file was dropped as bad,
-    /// [`DiskError::Purged`], or [`DiskError::Io`]. The cursor tells what was written all the same;
-    /// the writer is fit only to be dropped.
+    /// [`DiskError::Purged`], [`DiskError::Io`], or [`DiskError::Hangs`] when the disk does not take them in
+    /// time; what hangs may still be written. The cursor tells what was written all the same; the writer
+    /// is fit only to be dropped.
     ///
     /// # Panics
     /// If the chunks reach beyond the range, or after a call that was cancelled or failed.
@@ -100,8 +107,11 @@ impl BlockWriter {
             .cursor
             .take()
             .expect("the last write completed, as the contract demands");
-        let written = blocking(move || cursor.write(chunks).map(|()| cursor)).await;
-        self.cursor = Some(written?);
+        let limit = self.watch.limits.write;
+        let written = self.watch.run("write to a segment", limit, move || {
+            cursor.write(chunks).map(|()| cursor)
+        });
+        self.cursor = Some(written.await?);
         Ok(())
     }
 
@@ -377,15 +387,21 @@ fn create(
     shared.close_idle_files();
     let incarnation = shared.new_incarnation()?;
     let path = shared.segment_path(incarnation);
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .map_err(|error| {
-            shared.trouble.note("create", &path, &error);
-            DiskError::io("create", &path, error)
-        })?;
+    let open = || {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+    };
+    let opened = match open() {
+        Err(error) if shared.mend_shard(&path, &error) => open(),
+        opened => opened,
+    };
+    let file = opened.map_err(|error| {
+        shared.trouble.note("create", &path, &error);
+        DiskError::io("create", &path, error)
+    })?;
     shared.reached(Step::FileCreated);
     let charge = Charge::new(&shared.room, 0);
     let file = SegmentFile::new(file, Arc::clone(&charge));

@@ -3,7 +3,7 @@
 //! | | |
 //! |---|---|
 //! | `GET /healthz` | the process is alive |
-//! | `GET /readyz` | requests are served: 503 while starting or draining |
+//! | `GET /readyz` | requests are served: 503 while starting or draining. The first line is `ready`, `starting` or `draining`; a second one, `degraded: …`, says what is wrong with the cache disk, past which requests are served |
 //! | `GET /metrics` | `OpenMetrics`, as Prometheus reads it |
 //! | `POST /purge` | `{"path": "/mount/key"}`, or a prefix that ends in `*`: forgets every held revision |
 //! | `POST /scrub` | compares everything that is held with its checksums now, answers when it is done |
@@ -60,6 +60,9 @@ pub enum Readiness {
 pub trait Control: Send + Sync + 'static {
     /// How far the process is.
     fn readiness(&self) -> Readiness;
+
+    /// What is wrong with the cache disk; requests are served all the same.
+    fn trouble(&self) -> Option<String>;
 
     /// All metrics, as [`Metrics::encode`] writes them.
     fn metrics(&self) -> String;
@@ -139,7 +142,12 @@ impl<C: Control> Handler for Admin<C> {
         match request.uri().path() {
             "/healthz" if get => respond::admin(Status::Ok, TEXT, "ok\n"),
             "/readyz" if get => match control.readiness() {
-                Readiness::Ready => respond::admin(Status::Ok, TEXT, "ready\n"),
+                Readiness::Ready => {
+                    let trouble = control.trouble();
+                    let degraded = trouble.map(|what| format!("degraded: {what}\n"));
+                    let body = format!("ready\n{}", degraded.unwrap_or_default());
+                    respond::admin(Status::Ok, TEXT, body)
+                }
                 Readiness::Starting => respond::admin(Status::Unready, TEXT, "starting\n"),
                 Readiness::Draining => respond::admin(Status::Unready, TEXT, "draining\n"),
             },
@@ -247,6 +255,7 @@ mod tests {
 
     struct Fake {
         readiness: Mutex<Readiness>,
+        trouble: Mutex<Option<String>>,
         purged: Mutex<Vec<String>>,
         scrubbing: Mutex<bool>,
     }
@@ -254,6 +263,10 @@ mod tests {
     impl Control for Arc<Fake> {
         fn readiness(&self) -> Readiness {
             *self.readiness.lock()
+        }
+
+        fn trouble(&self) -> Option<String> {
+            self.trouble.lock().clone()
         }
 
         fn metrics(&self) -> String {
@@ -295,6 +308,7 @@ mod tests {
             let readiness = Mutex::new(Readiness::Ready);
             let fake = Arc::new(Fake {
                 readiness,
+                trouble: Mutex::default(),
                 purged: Mutex::default(),
                 scrubbing: Mutex::default(),
             });
@@ -336,6 +350,20 @@ mod tests {
             assert_eq!(server.ask("GET /readyz HTTP/1.1", "").await.0, status);
             assert_eq!(server.ask("GET /healthz HTTP/1.1", "").await.0, "200");
         }
+    }
+
+    #[tokio::test]
+    async fn readyz_names_what_is_wrong_with_the_disk_and_is_200_all_the_same() {
+        let server = Server::start().await;
+        let (_, answer) = server.ask("GET /readyz HTTP/1.1", "").await;
+        assert!(answer.ends_with("\r\n\r\nready\n"), "{answer}");
+        *server.fake.trouble.lock() = Some("the cache disk hangs".to_owned());
+        let (status, answer) = server.ask("GET /readyz HTTP/1.1", "").await;
+        assert_eq!(status, "200");
+        assert!(
+            answer.ends_with("\r\n\r\nready\ndegraded: the cache disk hangs\n"),
+            "{answer}"
+        );
     }
 
     #[tokio::test]

@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 
 use super::io::{SendQueue, to_usize};
 use crate::disk::FileExtent;
-use crate::payload::{BodyError, ChunkSource, Payload};
+use crate::payload::{BodyError, ChunkSource, Payload, Rescue, Way};
 use crate::semantics::ByteRange;
 
 /// A piece of a response's body.
@@ -59,6 +59,8 @@ pub struct BodyEnd {
     pub from_files: u64,
     /// Bytes the socket took from memory.
     pub from_memory: u64,
+    /// How often a file failed while it was sent, and its bytes were brought from elsewhere.
+    pub rescues: u64,
     /// Why the rest was not sent. `None`: the socket took all of it.
     pub abort: Option<Abort>,
 }
@@ -74,19 +76,43 @@ pub struct Abort {
 }
 
 /// What a body and its chunks share: alive until the last of them is gone.
-struct Delivery<O: BodyObserver + ?Sized> {
+pub(super) struct Delivery<O: BodyObserver + ?Sized> {
     queue: SendQueue,
     promised: u64,
     from_files: AtomicU64,
     from_memory: AtomicU64,
+    /// Bytes that went out from memory in the place of a file's.
+    replaced: AtomicU64,
+    rescues: AtomicU64,
+    rescue: Option<Arc<dyn Rescue>>,
     failure: Mutex<Option<BodyError>>,
     observer: O,
 }
 
+impl<O: BodyObserver + ?Sized> Delivery<O> {
+    /// Where to have bytes from that a file did not give up; `None`: nowhere.
+    pub(super) fn rescue(&self, way: Way) -> Option<Box<dyn ChunkSource>> {
+        let rescue = Arc::clone(self.rescue.as_ref()?);
+        self.rescues.fetch_add(1, Ordering::Relaxed);
+        Some(rescue.source(way))
+    }
+
+    /// The next `sent` bytes that a file chunk is told of went out from memory.
+    pub(super) fn replaced(&self, sent: u64) {
+        self.replaced.fetch_add(sent, Ordering::Relaxed);
+    }
+
+    /// Why the body cannot be continued. The first error stands.
+    pub(super) fn fail(&self, error: BodyError) {
+        self.failure.lock().get_or_insert(error);
+    }
+}
+
 impl<O: BodyObserver + ?Sized> Drop for Delivery<O> {
     fn drop(&mut self) {
-        let from_files = *self.from_files.get_mut();
-        let from_memory = *self.from_memory.get_mut();
+        let replaced = *self.replaced.get_mut();
+        let from_files = self.from_files.get_mut().saturating_sub(replaced);
+        let from_memory = *self.from_memory.get_mut() + replaced;
         let abort = match self.failure.get_mut().take() {
             Some(error) => Some(Abort {
                 reason: error.reason,
@@ -109,6 +135,7 @@ impl<O: BodyObserver + ?Sized> Drop for Delivery<O> {
             promised,
             from_files,
             from_memory,
+            rescues: *self.rescues.get_mut(),
             abort,
         });
     }
@@ -167,6 +194,9 @@ impl ResponseBody {
             promised,
             from_files: AtomicU64::new(0),
             from_memory: AtomicU64::new(0),
+            replaced: AtomicU64::new(0),
+            rescues: AtomicU64::new(0),
+            rescue: source.rescue(),
             failure: Mutex::new(None),
             observer,
         });
@@ -181,12 +211,13 @@ impl ResponseBody {
     }
 }
 
-/// What is sent next, taken off the front of `parts`. Not called when nothing is left.
+/// What is sent next, taken off the front of `parts`, and where in the revision it begins (a
+/// delimiter: nowhere). Not called when nothing is left.
 fn poll_payload(
     parts: &mut VecDeque<Part>,
     source: &mut dyn ChunkSource,
     cx: &mut Context<'_>,
-) -> Poll<Result<Payload, BodyError>> {
+) -> Poll<Result<(Payload, u64), BodyError>> {
     let range = loop {
         match parts.front_mut() {
             Some(Part::Range(range)) => break range,
@@ -194,20 +225,31 @@ fn poll_payload(
                 let bytes = std::mem::take(bytes);
                 parts.pop_front();
                 if !bytes.is_empty() {
-                    return Poll::Ready(Ok(Payload::Memory(bytes)));
+                    return Poll::Ready(Ok((Payload::Memory(bytes), 0)));
                 }
             }
             None => unreachable!("the parts are as long as what is left"),
         }
     };
-    let payload = ready!(source.poll_chunk(cx, *range))?;
+    let start = range.start();
+    let payload = ready!(poll_checked(source, cx, *range))?;
+    match range.from_offset(start + payload.len()) {
+        Some(rest) => *range = rest,
+        None => drop(parts.pop_front()),
+    }
+    Poll::Ready(Ok((payload, start)))
+}
+
+/// A source's next chunk, held to its contract: hyper counts on the length.
+pub(super) fn poll_checked(
+    source: &mut dyn ChunkSource,
+    cx: &mut Context<'_>,
+    range: ByteRange,
+) -> Poll<Result<Payload, BodyError>> {
+    let payload = ready!(source.poll_chunk(cx, range))?;
     if payload.len() == 0 || payload.len() > range.len() {
         let found = format!("{} bytes for a range of {}", payload.len(), range.len());
         return Poll::Ready(Err(BodyError::new("wrong_chunk", found)));
-    }
-    match range.from_offset(range.start() + payload.len()) {
-        Some(rest) => *range = rest,
-        None => drop(parts.pop_front()),
     }
     Poll::Ready(Ok(payload))
 }
@@ -234,11 +276,12 @@ impl Body for ResponseBody {
                 source,
                 delivery,
             } => match ready!(poll_payload(parts, source.as_mut(), cx)) {
-                Ok(Payload::File(extent)) => Piece::File {
+                Ok((Payload::File(extent), start)) => Piece::File {
                     extent,
+                    start,
                     delivery: Arc::clone(delivery),
                 },
-                Ok(Payload::Memory(bytes)) => Piece::Memory {
+                Ok((Payload::Memory(bytes), _)) => Piece::Memory {
                     bytes,
                     delivery: Some(Arc::clone(delivery)),
                 },
@@ -246,7 +289,7 @@ impl Body for ResponseBody {
                     let aborted = Aborted {
                         reason: error.reason,
                     };
-                    *delivery.failure.lock() = Some(error);
+                    delivery.fail(error);
                     return Poll::Ready(Some(Err(aborted)));
                 }
             },
@@ -282,6 +325,8 @@ enum Piece {
     },
     File {
         extent: FileExtent,
+        /// Where in the revision the extent's bytes begin.
+        start: u64,
         delivery: Arc<Delivery<dyn BodyObserver>>,
     },
 }
@@ -314,7 +359,11 @@ impl Buf for Chunk {
         };
         *slot = match &self.0 {
             Piece::Memory { bytes, .. } => IoSlice::new(bytes),
-            Piece::File { extent, delivery } => delivery.queue.offer(extent),
+            Piece::File {
+                extent,
+                start,
+                delivery,
+            } => delivery.queue.offer(extent, *start, delivery),
         };
         1
     }
@@ -329,8 +378,13 @@ impl Buf for Chunk {
                         .fetch_add(sent as u64, Ordering::Relaxed);
                 }
             }
-            Piece::File { extent, delivery } => {
+            Piece::File {
+                extent,
+                start,
+                delivery,
+            } => {
                 extent.advance(sent as u64);
+                *start += sent as u64;
                 delivery
                     .from_files
                     .fetch_add(sent as u64, Ordering::Relaxed);

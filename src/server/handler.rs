@@ -363,6 +363,7 @@ impl BodyObserver for RequestEnd {
         }
         let bytes = end.from_files + end.from_memory;
         self.metrics.sent_bytes(self.tier, bytes);
+        self.metrics.rescued(end.rescues);
         if let Some(abort) = &end.abort {
             self.metrics.aborted(abort.reason);
             if let Some(error) = &abort.error {

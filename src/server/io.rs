@@ -35,12 +35,15 @@
 //! what it was given is on its way. With the buffers it gives a fast connection, that is most of a
 //! MiB, and a client that reads 10 KB/s would seem stalled for more than a minute. Hence
 //! [`UNSENT`].
+//!
+//! A file that ends early, cannot be read or hangs does not end the response either: see
+//! [`rescue`](super::rescue).
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -52,8 +55,12 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, Sleep};
 
-use super::page_in::PageIn;
+use super::body::{BodyObserver, Delivery};
+use super::page_in::{Hangs, PageIn};
+use super::rescue::Rescue;
 use crate::disk::FileExtent;
+use crate::payload::{Payload, Way};
+use crate::semantics::ByteRange;
 
 /// Most bytes that one sendfile call is asked for: some 0.2 ms of a worker thread.
 const SLICE: u64 = 1 << 20;
@@ -111,9 +118,9 @@ pub struct Timeouts {
 pub enum Cut {
     /// The client was the progress timeout behind the minimum rate.
     Stalled,
-    /// A file ended before its extent did.
+    /// A file ended before its extent did, and there was nothing to turn to.
     FileShort,
-    /// Reading a file failed.
+    /// Reading a file failed or hung, and there was nothing to turn to.
     FileError,
     /// The drain timeout passed.
     Drained,
@@ -141,22 +148,90 @@ pub struct SendQueue(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    next: Mutex<Option<FileExtent>>,
+    next: Mutex<Option<Offered>>,
     standing: Mutex<Standing>,
     cut: OnceLock<Cut>,
     by_sendfile: AtomicU64,
     by_write: AtomicU64,
 }
 
+/// A file chunk's extent, and what the chunk has for the case that the file fails.
+#[derive(Debug)]
+struct Offered {
+    extent: FileExtent,
+    /// Where in the revision the extent begins.
+    start: u64,
+    /// Weak, for the delivery holds the queue that holds this. The chunk keeps it alive.
+    delivery: Weak<Delivery<dyn BodyObserver>>,
+}
+
+impl Offered {
+    /// `None`: the body has nothing to turn to.
+    fn rescue(&self, way: Way) -> Option<Rescue> {
+        let rest = ByteRange::from_bounds(self.start, self.start + self.extent.len())?;
+        Rescue::begin(self.delivery.upgrade()?, rest, way)
+    }
+}
+
+/// Why a stretch of a file did not go out.
+enum Failed {
+    /// The socket failed, or the client did.
+    Socket(io::Error),
+    /// The file ends before its extent does.
+    Short,
+    /// The file cannot be read.
+    Unreadable(io::Error),
+    /// The file does not come off the disk.
+    Hangs,
+}
+
+impl Failed {
+    fn way(&self) -> Option<Way> {
+        match self {
+            Self::Socket(_) => None,
+            Self::Short | Self::Unreadable(_) => Some(Way::Again),
+            Self::Hangs => Some(Way::PastDisk),
+        }
+    }
+
+    /// What ends the connection, and why as far as it is the file's doing.
+    fn into_error(self) -> (io::Error, Option<Cut>) {
+        match self {
+            Self::Socket(error) => (error, None),
+            Self::Short => (
+                io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "a segment file is shorter than what is recorded of it",
+                ),
+                Some(Cut::FileShort),
+            ),
+            Self::Unreadable(error) => (error, Some(Cut::FileError)),
+            Self::Hangs => (
+                timed_out("a segment file does not come off the disk"),
+                Some(Cut::FileError),
+            ),
+        }
+    }
+}
+
 impl SendQueue {
-    /// Announces a file chunk's extent; returns the slice that must stand for it in the vectored
-    /// write.
-    pub(super) fn offer(&self, extent: &FileExtent) -> IoSlice<'static> {
-        self.0.next.lock().get_or_insert_with(|| extent.clone());
+    /// Announces a file chunk's extent, the bytes of the revision from `start` on; returns the slice
+    /// that must stand for it in the vectored write.
+    pub(super) fn offer(
+        &self,
+        extent: &FileExtent,
+        start: u64,
+        delivery: &Arc<Delivery<dyn BodyObserver>>,
+    ) -> IoSlice<'static> {
+        self.0.next.lock().get_or_insert_with(|| Offered {
+            extent: extent.clone(),
+            start,
+            delivery: Arc::downgrade(delivery),
+        });
         IoSlice::new(&MARKER)
     }
 
-    fn take(&self) -> Option<FileExtent> {
+    fn take(&self) -> Option<Offered> {
         self.0.next.lock().take()
     }
 
@@ -300,7 +375,9 @@ pub struct SendfileIo {
     queue: SendQueue,
     page_in: PageIn,
     /// A stretch at the front of the queue that is being read into the page cache.
-    loading: Option<BoxFuture<'static, ()>>,
+    loading: Option<BoxFuture<'static, Result<(), Hangs>>>,
+    /// What is sent in the place of the extent at the front of the queue, since its file failed.
+    rescue: Option<Box<Rescue>>,
     timeouts: Timeouts,
     expecting: Expecting,
     /// What the queue says: [`Standing::Idle`].
@@ -320,6 +397,7 @@ impl SendfileIo {
             queue,
             page_in,
             loading: None,
+            rescue: None,
             timeouts,
             expecting: Expecting::First,
             is_idle: false,
@@ -399,11 +477,68 @@ impl SendfileIo {
         Poll::Ready(Ok(sent))
     }
 
+    /// Sends from the extent, or what has to stand in for it.
+    fn poll_send_offered(
+        &mut self,
+        cx: &mut Context<'_>,
+        offered: &Offered,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            if self.rescue.is_some() {
+                return self.poll_send_rescue(cx, offered.start);
+            }
+            let failed = match ready!(self.poll_send_file(cx, &offered.extent)) {
+                Ok(sent) => return Poll::Ready(Ok(sent)),
+                Err(failed) => failed,
+            };
+            match failed.way().and_then(|way| offered.rescue(way)) {
+                Some(rescue) => self.rescue = Some(Box::new(rescue)),
+                None => return Poll::Ready(Err(self.give_up(failed))),
+            }
+        }
+    }
+
+    /// One payload of the rescue, reported as if it were the extent's bytes from `start` on.
+    fn poll_send_rescue(&mut self, cx: &mut Context<'_>, start: u64) -> Poll<io::Result<usize>> {
+        loop {
+            let rescue = self.rescue.as_mut().expect("looked for by the caller");
+            debug_assert_eq!(rescue.at(), start, "another extent is in front");
+            let sent = match ready!(rescue.poll_payload(cx))? {
+                Payload::Memory(bytes) => {
+                    Ok(ready!(self.poll_write_memory(cx, &[IoSlice::new(&bytes)]))?)
+                }
+                Payload::File(extent) => ready!(self.poll_send_file(cx, &extent)),
+            };
+            let rescue = self.rescue.as_mut().expect("nobody took it");
+            match sent {
+                Ok(sent) => {
+                    if !rescue.sent(sent as u64) {
+                        self.rescue = None;
+                    }
+                    return Poll::Ready(Ok(sent));
+                }
+                Err(failed) => {
+                    if failed.way().is_none() || !rescue.go_past_the_disk() {
+                        return Poll::Ready(Err(self.give_up(failed)));
+                    }
+                }
+            }
+        }
+    }
+
+    fn give_up(&self, failed: Failed) -> io::Error {
+        let (error, cut) = failed.into_error();
+        if let Some(cut) = cut {
+            self.queue.set_cut(cut);
+        }
+        error
+    }
+
     fn poll_send_file(
         &mut self,
         cx: &mut Context<'_>,
         extent: &FileExtent,
-    ) -> Poll<io::Result<usize>> {
+    ) -> Poll<Result<usize, Failed>> {
         let len = extent.len().min(SLICE);
         loop {
             if self.burst >= BURST {
@@ -414,19 +549,24 @@ impl SendfileIo {
             // Loading first: while it runs it is the disk that is waited for, not the client.
             let loaded = match &mut self.loading {
                 Some(loading) => {
-                    ready!(loading.poll_unpin(cx));
+                    let loaded = ready!(loading.poll_unpin(cx));
                     self.loading = None;
+                    if let Err(Hangs) = loaded {
+                        return Poll::Ready(Err(Failed::Hangs));
+                    }
                     true
                 }
                 None => false,
             };
             let Poll::Ready(writable) = self.tcp.poll_write_ready(cx) else {
-                return self.poll_stalled(cx).map(Err);
+                return self
+                    .poll_stalled(cx)
+                    .map(|error| Err(Failed::Socket(error)));
             };
-            writable?;
+            writable.map_err(Failed::Socket)?;
             // What was just loaded is not asked about again, so that a page cache under pressure
             // cannot keep us here.
-            if !loaded && !PageIn::is_resident(extent, len) {
+            if !loaded && !self.page_in.is_resident(extent, len) {
                 self.credit.pause();
                 self.loading = Some(self.page_in.load(extent.clone(), len));
                 continue;
@@ -439,12 +579,8 @@ impl SendfileIo {
             });
             match result {
                 Ok(0) => {
-                    self.queue.set_cut(Cut::FileShort);
                     extent.file().report_unreadable();
-                    return Poll::Ready(Err(io::Error::new(
-                        io::ErrorKind::UnexpectedEof,
-                        "a segment file is shorter than what is recorded of it",
-                    )));
+                    return Poll::Ready(Err(Failed::Short));
                 }
                 Ok(sent) => {
                     self.queue
@@ -457,12 +593,12 @@ impl SendfileIo {
                 // `try_io` has cleared the readiness, so the next round waits.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if is_peer_error(&error) => {
+                    return Poll::Ready(Err(Failed::Socket(error)));
+                }
                 Err(error) => {
-                    if !is_peer_error(&error) {
-                        self.queue.set_cut(Cut::FileError);
-                        extent.file().report_unreadable();
-                    }
-                    return Poll::Ready(Err(error));
+                    extent.file().report_unreadable();
+                    return Poll::Ready(Err(Failed::Unreadable(error)));
                 }
             }
         }
@@ -532,7 +668,7 @@ impl hyper::rt::Write for SendfileIo {
             return this.poll_write_memory(cx, &slices[..memory]);
         }
         match offered {
-            Some(extent) => this.poll_send_file(cx, &extent),
+            Some(offered) => this.poll_send_offered(cx, &offered),
             None => Poll::Ready(Err(io::Error::other(
                 "a file chunk was built with another connection's send queue",
             ))),

@@ -30,5 +30,6 @@ mod handover;
 pub mod io;
 pub mod page_in;
 pub mod replica;
+mod rescue;
 pub mod respond;
 pub mod systemd;

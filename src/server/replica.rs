@@ -710,6 +710,10 @@ impl Control for Operator {
         *self.readiness.borrow()
     }
 
+    fn trouble(&self) -> Option<String> {
+        self.disk.trouble()
+    }
+
     fn metrics(&self) -> String {
         self.metrics.encode(Some(&self.disk.stats()))
     }

@@ -11,6 +11,10 @@
 //!
 //! [`Reader::prepare`] is the hold-back (P3): it returns once the response can begin. An error
 //! after that cuts the body.
+//!
+//! What a reader names by an extent may still fail while it is sent, when the reader is long gone. Its
+//! [`Means`] stay behind for that: another reader over the same source finds the file reported as
+//! unreadable and has it fetched again, or reads past the disk from the start.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -23,7 +27,7 @@ use super::{Forwarded, OpenError, TierSettings, Trace};
 use crate::disk::{HeldRevision, Step};
 use crate::fill::{FillError, FillSource, Filler, Follow, Span};
 use crate::origin::{ALWAYS, Download};
-use crate::payload::{BodyError, ChunkSource, Payload};
+use crate::payload::{BodyError, ChunkSource, Payload, Rescue, Way};
 use crate::remote::RemoteError;
 use crate::semantics::ByteRange;
 
@@ -33,22 +37,30 @@ pub struct Reader {
 }
 
 enum State {
-    Idle(Box<Inner>),
-    Waiting(BoxFuture<'static, (Box<Inner>, Result<Payload, OpenError>)>),
+    Idle(Inner),
+    Waiting(BoxFuture<'static, (Inner, Result<Payload, OpenError>)>),
     /// After an error.
     Broken,
 }
 
-struct Inner {
+/// What it takes to read a revision: all that a reader has before it begins.
+struct Means {
     filler: Arc<Filler>,
     settings: TierSettings,
     source: FillSource,
+}
+
+struct Inner {
+    means: Arc<Means>,
     held: Option<Arc<HeldRevision>>,
     /// Fills under way at or beyond the position, by position.
     follows: Vec<Follow>,
     /// Everything was on disk when the response began.
     complete: bool,
-    direct: Option<Direct>,
+    /// Boxed: few readers have one, and all are moved about.
+    direct: Option<Box<Direct>>,
+    /// The disk is not to be asked: a rescue from one that hangs.
+    past_disk: bool,
 }
 
 /// Flights that end without their bytes turning up on disk, before the disk is passed by: it evicts as
@@ -62,17 +74,13 @@ impl Reader {
         source: FillSource,
         held: Option<Arc<HeldRevision>>,
     ) -> Self {
-        let inner = Inner {
+        let means = Means {
             filler,
             settings,
             source,
-            held,
-            follows: Vec::new(),
-            complete: false,
-            direct: None,
         };
         Self {
-            state: State::Idle(Box::new(inner)),
+            state: State::Idle(Inner::new(Arc::new(means), held, false)),
         }
     }
 
@@ -136,6 +144,21 @@ impl ChunkSource for Reader {
             }
         }
     }
+
+    fn rescue(&self) -> Option<Arc<dyn Rescue>> {
+        match &self.state {
+            State::Idle(inner) => Some(Arc::clone(&inner.means) as Arc<dyn Rescue>),
+            State::Waiting(_) | State::Broken => None,
+        }
+    }
+}
+
+impl Rescue for Means {
+    fn source(self: Arc<Self>, way: Way) -> Box<dyn ChunkSource> {
+        Box::new(Reader {
+            state: State::Idle(Inner::new(self, None, way == Way::PastDisk)),
+        })
+    }
 }
 
 /// Why a body was cut, as a metric label.
@@ -147,6 +170,17 @@ fn reason(error: &OpenError) -> &'static str {
 }
 
 impl Inner {
+    fn new(means: Arc<Means>, held: Option<Arc<HeldRevision>>, past_disk: bool) -> Self {
+        Self {
+            means,
+            held,
+            follows: Vec::new(),
+            complete: false,
+            direct: None,
+            past_disk,
+        }
+    }
+
     /// The next chunk if it is on disk and nothing has to be awaited.
     fn at_hand(&mut self, range: ByteRange) -> Option<Payload> {
         let Step::Present(extent) = self.held.as_ref()?.step(range) else {
@@ -175,13 +209,15 @@ impl Inner {
     async fn next(&mut self, range: ByteRange) -> Result<Payload, OpenError> {
         let mut vanished = 0;
         loop {
-            self.catch_up();
-            if let Some(payload) = self.at_hand(range) {
-                return Ok(payload);
-            }
-            if vanished < PATIENCE && self.opened(range).await {
-                vanished += 1;
-                continue;
+            if !self.past_disk {
+                self.catch_up();
+                if let Some(payload) = self.at_hand(range) {
+                    return Ok(payload);
+                }
+                if vanished < PATIENCE && self.opened(range).await {
+                    vanished += 1;
+                    continue;
+                }
             }
             self.complete = false;
             match self
@@ -198,7 +234,7 @@ impl Inner {
                 Some(std::cmp::Ordering::Less) => self.direct = None,
                 Some(std::cmp::Ordering::Greater) | None => {}
             }
-            if vanished >= PATIENCE {
+            if self.past_disk || vanished >= PATIENCE {
                 self.open_direct(self.gap(range)).await?;
                 continue;
             }
@@ -242,10 +278,11 @@ impl Inner {
     /// Finds what has arrived in the tier's memory since, and lets go of what was purged.
     fn catch_up(&mut self) {
         if self.held.as_ref().is_none_or(|held| held.is_doomed()) {
-            let size = self.source.known.as_ref().map(|known| known.size);
+            let size = self.means.source.known.as_ref().map(|known| known.size);
             self.held = self
+                .means
                 .filler
-                .arrived(&self.source.revision)
+                .arrived(&self.means.source.revision)
                 // Else one validator names two lengths, and a guarded read will say so.
                 .filter(|held| size.is_none_or(|size| held.representation().size == size));
         }
@@ -273,11 +310,16 @@ impl Inner {
             .last()
             .map_or_else(|| range.start(), |follow| follow.span().end);
         let window = self
+            .means
             .settings
             .part_size
-            .saturating_mul(self.settings.fan_out as u64);
+            .saturating_mul(self.means.settings.fan_out as u64);
         let end = range.end().min(range.start().saturating_add(window));
-        let room = self.settings.fan_out.saturating_sub(self.follows.len());
+        let room = self
+            .means
+            .settings
+            .fan_out
+            .saturating_sub(self.follows.len());
         if room == 0 || reached >= end || self.direct.is_some() {
             return;
         }
@@ -285,10 +327,12 @@ impl Inner {
             start: reached,
             end,
         };
-        self.follows.extend(
-            self.filler
-                .join(&self.source, self.held.as_deref(), want, room),
-        );
+        self.follows.extend(self.means.filler.join(
+            &self.means.source,
+            self.held.as_deref(),
+            want,
+            room,
+        ));
     }
 
     fn gap(&self, range: ByteRange) -> ByteRange {
@@ -313,6 +357,10 @@ impl Inner {
             }
             let gap = match &self.held {
                 None => Some(first),
+                // The disk hangs; it would be said after the head otherwise, and the remote not asked before.
+                Some(held) if matches!(held.step(first), Step::Closed) => {
+                    return self.hold_back_direct(first, trace, started).await;
+                }
                 Some(held) => ranges.iter().find_map(|range| held.first_missing(*range)),
             };
             let Some(gap) = gap else {
@@ -374,7 +422,7 @@ impl Inner {
         within: ByteRange,
         heard: bool,
     ) -> Result<bool, FillError> {
-        let wide = within.len() > self.settings.part_size;
+        let wide = within.len() > self.means.settings.part_size;
         for follow in &mut self.follows {
             let news = heard || !follow.has_answer();
             let answered = follow.answered().await?;
@@ -403,8 +451,8 @@ impl Inner {
 
     /// Opens a guarded read past the disk and waits for its first frame.
     async fn open_direct(&mut self, gap: ByteRange) -> Result<(), OpenError> {
-        let origin = self.source.origin(self.filler.origins());
-        let guard = self.source.guard();
+        let origin = self.means.source.origin(self.means.filler.origins());
+        let guard = self.means.source.guard();
         let download = origin
             .download(guard, gap.start(), gap.end(), ALWAYS)
             .await?;
@@ -415,7 +463,7 @@ impl Inner {
             ready: Bytes::new(),
         };
         direct.frame().await?;
-        self.direct = Some(direct);
+        self.direct = Some(Box::new(direct));
         Ok(())
     }
 

@@ -70,7 +70,7 @@ mod semantics;
 #[expect(unreachable_pub, reason = "public in the program")]
 mod flights;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use shuttle::{Config, Runner};
@@ -134,6 +134,11 @@ impl Condvar {
 
     fn wait_while<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, _: impl FnMut(&mut T) -> bool) {
         self.wait(guard);
+    }
+
+    fn wait_for<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, _: Duration) -> TimedOut {
+        self.wait(guard);
+        TimedOut
     }
 
     fn wait_until<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, _: Instant) -> TimedOut {

@@ -12,7 +12,7 @@
 //! | P6 | `unpinned_answers_follow_the_remote`, `stale_if_error_is_marked` |
 //! | P8 | `staggered_ranges_leave_the_remote_once` |
 //! | P9 | `a_client_that_leaves_hurts_nobody` |
-//! | P10 | `a_disk_without_room_fails_nothing`, `a_segment_that_reads_short_is_dropped` |
+//! | P10 | `a_disk_without_room_fails_nothing`, `a_segment_that_reads_short_is_replaced_within_the_response` |
 //! | P11 | `a_restart_keeps_what_was_written` |
 //! | P12 | `requests_that_are_refused` |
 
@@ -671,13 +671,8 @@ async fn a_disk_without_room_fails_nothing() {
     );
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_segment_that_reads_short_is_dropped() {
-    let world = World::new().await;
-    let object = bytes(38, 2 * PART);
-    let tag = world.put("object", &object);
-    let pinned = [("if-match", tag.as_str())];
-    assert!(world.get("/m/object", &pinned).await.body == object);
+/// Cuts every segment file down to `len` bytes under a running replica; how many there were.
+fn truncate_segments(world: &World, len: u64) -> usize {
     let mut truncated = 0;
     for directory in std::fs::read_dir(world.config.cache.dir.join("segments")).unwrap() {
         for file in std::fs::read_dir(directory.unwrap().path()).unwrap() {
@@ -685,18 +680,58 @@ async fn a_segment_that_reads_short_is_dropped() {
                 .write(true)
                 .open(file.unwrap().path())
                 .unwrap();
-            file.set_len(1_000_000).unwrap();
+            file.set_len(len).unwrap();
             truncated += 1;
         }
     }
-    assert_eq!(truncated, 1);
+    truncated
+}
+
+/// The head promised the whole, and the file ends in the middle: the same response goes on with S3's bytes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_segment_that_reads_short_is_replaced_within_the_response() {
+    let world = World::new().await;
+    let object = bytes(38, 2 * PART);
+    let tag = world.put("object", &object);
+    let pinned = [("if-match", tag.as_str())];
+    assert!(world.get("/m/object", &pinned).await.body == object);
+    assert_eq!(truncate_segments(&world, 1_000_000), 1);
+    world.s3.clear_log();
     let answer = world.get("/m/object", &pinned).await;
-    assert!(answer.cut, "a body is not padded");
+    assert_eq!((answer.status, answer.cut), (200, false));
+    assert_eq!(answer.header("cache-status"), "pinrange; hit; detail=disk");
+    assert!(answer.body == object);
+    let log = world.s3.take_log();
+    assert!(!log.is_empty(), "where else would the bytes come from");
+    assert_eq!(world.s3.stats().unguarded_gets, 0);
+    let stats = world.replica.disk().stats();
+    assert_eq!(stats.quarantines, 1, "the bad file is dropped");
+    let metrics = world.metrics().await;
+    assert!(metrics.contains("pinrange_rescues_total 1\n"), "{metrics}");
+
+    let requests = world.s3.stats().requests;
+    let answer = world
+        .get("/m/object", &[pinned[0], ("range", "bytes=1000000-")])
+        .await;
+    assert!(answer.body == object[1_000_000..]);
+    assert_eq!(world.s3.stats().requests, requests, "it is held again");
+}
+
+/// P3: bytes of another revision are no replacement.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_segment_that_reads_short_cuts_the_response_when_the_object_has_changed() {
+    let world = World::new().await;
+    let object = bytes(39, 2 * PART);
+    let tag = world.put("object", &object);
+    let pinned = [("if-match", tag.as_str())];
+    assert!(world.get("/m/object", &pinned).await.body == object);
+    assert_eq!(truncate_segments(&world, 1_000_000), 1);
+    world.put("object", &bytes(40, 2 * PART));
+    let answer = world.get("/m/object", &pinned).await;
+    assert!(answer.cut, "a body is neither padded nor mixed");
     assert!(answer.body == object[..answer.body.len()]);
     let answer = world.get("/m/object", &pinned).await;
-    assert_eq!((answer.status, answer.cut), (200, false), "fetched again");
-    assert!(answer.body == object);
-    assert_eq!(world.replica.disk().stats().quarantines, 1);
+    assert_eq!(answer.status, 412, "{answer:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

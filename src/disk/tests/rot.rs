@@ -169,9 +169,9 @@ async fn the_thread_verifies_what_is_due_and_remembers_it() {
         DiskTier::open(config).unwrap()
     };
     let tier = scrubbing();
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     while old.exists() {
-        assert!(std::time::Instant::now() < deadline, "{:?}", tier.stats());
+        assert!(Instant::now() < deadline, "{:?}", tier.stats());
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let new = only_file(dir.path());
@@ -182,7 +182,7 @@ async fn the_thread_verifies_what_is_due_and_remembers_it() {
     // It looks, and leaves it alone.
     let tier = scrubbing();
     while tier.stats().oldest_verified.is_zero() {
-        assert!(std::time::Instant::now() < deadline, "it does not look");
+        assert!(Instant::now() < deadline, "it does not look");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     tier.close().await.unwrap();
@@ -193,7 +193,7 @@ async fn the_thread_verifies_what_is_due_and_remembers_it() {
     sql(dir.path(), "UPDATE segments SET verified = 1000");
     let tier = scrubbing();
     while tier.stats().scrubbed_segments == 0 {
-        assert!(std::time::Instant::now() < deadline, "{:?}", tier.stats());
+        assert!(Instant::now() < deadline, "{:?}", tier.stats());
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     tier.close().await.unwrap();
