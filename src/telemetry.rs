@@ -364,11 +364,27 @@ fn disk_registry(stats: &DiskStats) -> Registry {
         "Segments evicted",
         ConstCounter::new(stats.evictions),
     );
+    let held = Family::<QueueLabel, Gauge<u64, AtomicU64>>::default();
+    let evicted = Family::<QueueLabel, Counter>::default();
+    for (queue, bytes, gone) in [
+        ("small", stats.small_bytes, stats.evicted_small_bytes),
+        ("main", stats.main_bytes, stats.evicted_main_bytes),
+    ] {
+        let label = QueueLabel::from([queue]);
+        held.get_or_create(&label).set(bytes);
+        evicted.get_or_create(&label).inc_by(gone);
+    }
     registry.register_with_unit(
-        "evicted",
-        "Bytes evicted",
+        "queue",
+        "Bytes held, by queue: small was read once so far, main again",
         Unit::Bytes,
-        ConstCounter::new(stats.evicted_bytes),
+        held,
+    );
+    registry.register_with_unit("evicted", "Bytes evicted, by queue", Unit::Bytes, evicted);
+    registry.register(
+        "ghost_hits",
+        "Segments fetched again soon after the small queue let them go: many say that the cache is too small",
+        ConstCounter::new(stats.ghost_hits),
     );
     registry.register(
         "quarantines",
@@ -426,6 +442,7 @@ labels! {
     OpLabel["op"];
     OutcomeLabel["outcome"];
     ReasonLabel["reason"];
+    QueueLabel["queue"];
     VersionLabel["version"];
 }
 
@@ -594,7 +611,11 @@ mod tests {
             used_bytes: 10,
             capacity_bytes: 20,
             evictions: 3,
-            evicted_bytes: 4,
+            small_bytes: 4,
+            main_bytes: 8,
+            evicted_small_bytes: 9,
+            evicted_main_bytes: 11,
+            ghost_hits: 12,
             quarantines: 6,
             open_files: 7,
             revisions_in_memory: 5,
@@ -663,7 +684,11 @@ mod tests {
             ("pinrange_disk_used_bytes", "10"),
             ("pinrange_disk_capacity_bytes", "20"),
             ("pinrange_disk_evictions_total", "3"),
-            ("pinrange_disk_evicted_bytes_total", "4"),
+            ("pinrange_disk_queue_bytes{queue=\"small\"}", "4"),
+            ("pinrange_disk_queue_bytes{queue=\"main\"}", "8"),
+            ("pinrange_disk_evicted_bytes_total{queue=\"small\"}", "9"),
+            ("pinrange_disk_evicted_bytes_total{queue=\"main\"}", "11"),
+            ("pinrange_disk_ghost_hits_total", "12"),
             ("pinrange_disk_quarantines_total", "6"),
             ("pinrange_disk_open_files", "7"),
             ("pinrange_disk_revisions", "5"),

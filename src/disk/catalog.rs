@@ -1,9 +1,13 @@
 //! The catalog: what is on disk, in SQLite.
 //!
-//! Four tables. `objects` remembers what was current for a key; `revisions` names the bytes;
+//! `objects` remembers what was current for a key; `revisions` names the bytes;
 //! `segments` says which blocks of which file hold them; `checksums` has a CRC32C per block and is
 //! apart so that the first touch of a revision reads only bits. `meta` holds the sum of all
-//! segments' bytes, kept by triggers, so that a start reads one row however much is held.
+//! segments' bytes, and that of those in the main queue, kept by triggers, so that a start reads two rows however
+//! much is held.
+//!
+//! The two queues of [`super::policy`] are an index over `segments`: `queue` is 0 for small, 1 for main, and `place`
+//! gives the order in it. `ghosts` has the policy's memory from an orderly end to the next start.
 //!
 //! There is one connection behind one lock, and [`super::tier`] holds that lock from a read of the
 //! catalog until memory agrees with it. That is what makes loads, admissions, evictions and purges
@@ -21,11 +25,13 @@ use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, params};
 
 use super::coverage::Coverage;
+use super::policy::Queue;
 use super::{CurrentRecord, DiskError, PurgeTarget};
 use crate::object::{ObjectKey, Representation, Revision, Validator};
 
 /// Migrations in order; `user_version` is how many were applied. Append only.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO meta (name, value) VALUES
     ('bytes', 0), ('objects', 0), ('run', 0), ('suspect_run', 0), ('clean', 1), ('syncs', 0);
@@ -73,7 +79,30 @@ END;
 CREATE TRIGGER objects_delete AFTER DELETE ON objects BEGIN
     UPDATE meta SET value = value - 1 WHERE name = 'objects';
 END;
-"];
+",
+    "
+-- Two queues instead of one order of last use: what was least recently used goes first, as before.
+DROP INDEX segments_by_age;
+ALTER TABLE segments RENAME COLUMN last_used TO place;
+ALTER TABLE segments ADD COLUMN queue INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE segments ADD COLUMN served INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX segments_by_place ON segments (queue, place);
+CREATE TABLE ghosts (saved BLOB NOT NULL);
+
+INSERT INTO meta (name, value) VALUES ('main_bytes', 0);
+CREATE TRIGGER segments_insert_main AFTER INSERT ON segments WHEN new.queue = 1 BEGIN
+    UPDATE meta SET value = value + new.bytes WHERE name = 'main_bytes';
+END;
+CREATE TRIGGER segments_update_main AFTER UPDATE OF bytes, queue ON segments
+WHEN new.queue = 1 OR old.queue = 1 BEGIN
+    UPDATE meta SET value = value + new.bytes * new.queue - old.bytes * old.queue
+        WHERE name = 'main_bytes';
+END;
+CREATE TRIGGER segments_delete_main AFTER DELETE ON segments WHEN old.queue = 1 BEGIN
+    UPDATE meta SET value = value - old.bytes WHERE name = 'main_bytes';
+END;
+",
+];
 
 /// Most rows of `objects`. They are small (about 300 bytes) and worth something only while the
 /// remote is down; beyond this the ones not asked about for longest go.
@@ -93,7 +122,7 @@ pub(super) struct StoredSegment {
     pub(super) run: i64,
     pub(super) bits: Vec<u8>,
     pub(super) bytes: u64,
-    pub(super) last_used: u64,
+    pub(super) served: u64,
 }
 
 /// One revision as the catalog knows it.
@@ -128,7 +157,16 @@ pub(super) struct Candidate {
     pub(super) id: SegmentId,
     pub(super) revision: Revision,
     pub(super) bytes: u64,
-    pub(super) last_used: u64,
+    pub(super) served: u64,
+}
+
+/// A row's way to the end of a queue.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Moved {
+    pub(super) id: SegmentId,
+    pub(super) queue: Queue,
+    pub(super) place: u64,
+    pub(super) served: u64,
 }
 
 /// What became true of one segment file: its new blocks are synced.
@@ -138,7 +176,10 @@ pub(super) struct SegmentCommit {
     /// Blocks of the segment.
     pub(super) blocks: u32,
     pub(super) bytes: u64,
-    pub(super) last_used: u64,
+    /// Where it begins; a row that is there stays where it is.
+    pub(super) queue: Queue,
+    pub(super) place: u64,
+    pub(super) served: u64,
     /// Block and CRC32C.
     pub(super) covered: Vec<(u32, u32)>,
 }
@@ -147,8 +188,8 @@ pub(super) struct SegmentCommit {
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     pub(super) segments: Vec<SegmentCommit>,
-    /// Recency of segments that memory forgets.
-    pub(super) touched: Vec<(SegmentId, u64)>,
+    /// Bytes served of segments that memory forgets.
+    pub(super) served: Vec<(SegmentId, u64)>,
     /// Segments whose checksums were verified by this run.
     pub(super) verified: Vec<SegmentId>,
     pub(super) representations: Vec<(i64, Arc<Representation>)>,
@@ -168,7 +209,7 @@ pub(super) struct Deleted {
 }
 
 /// What a start needs to know.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) struct Start {
     /// Number of this run.
     pub(super) run: i64,
@@ -176,10 +217,14 @@ pub(super) struct Start {
     pub(super) suspect_run: i64,
     /// Bytes in segment files.
     pub(super) bytes: u64,
-    /// The highest recency stamp.
-    pub(super) last_used: u64,
+    /// Those of them that stand in the main queue.
+    pub(super) main_bytes: u64,
+    /// The last place in either queue.
+    pub(super) last_place: u64,
     /// Revisions up to this id are older than this run.
     pub(super) last_revision: i64,
+    /// What the policy remembered at the last orderly end; nothing after another.
+    pub(super) ghosts: Vec<u8>,
 }
 
 /// The lock around the one connection; closed for good by [`Catalog::close`].
@@ -261,14 +306,19 @@ impl Catalog {
             .map_err(|_| DiskError::Catalog("the tier has been closed".into()))
     }
 
-    /// The orderly end: records `touched`, marks the run clean and makes it all durable.
-    pub(super) fn close(&self, touched: &[(SegmentId, u64)]) -> Result<(), DiskError> {
+    /// The orderly end: records what was served and the ghosts, marks the run clean and makes it all durable.
+    pub(super) fn close(
+        &self,
+        served: &[(SegmentId, u64)],
+        ghosts: &[u8],
+    ) -> Result<(), DiskError> {
         let mut slot = self.db.lock();
         let Some(mut db) = slot.take() else {
             return Ok(());
         };
         db.write(Commit::Durable, |tx| {
-            touch(tx, touched)?;
+            record_served(tx, served)?;
+            tx.execute("INSERT INTO ghosts (saved) VALUES (?1)", [ghosts])?;
             tx.execute("UPDATE meta SET value = 1 WHERE name = 'clean'", [])?;
             Ok(())
         })
@@ -296,14 +346,27 @@ impl Db {
             }
             tx.execute("UPDATE meta SET value = value + 1 WHERE name = 'run'", [])?;
             tx.execute("UPDATE meta SET value = 0 WHERE name = 'clean'", [])?;
-            let last_used: Option<i64> =
-                tx.query_row("SELECT max(last_used) FROM segments", [], |row| row.get(0))?;
+            // Each of the two is one step in the index.
+            let last_place: i64 = tx.query_row(
+                "SELECT max(
+                    (SELECT coalesce(max(place), 0) FROM segments WHERE queue = 0),
+                    (SELECT coalesce(max(place), 0) FROM segments WHERE queue = 1))",
+                [],
+                |row| row.get(0),
+            )?;
+            let ghosts: Option<Vec<u8>> = tx
+                .query_row("SELECT saved FROM ghosts", [], |row| row.get(0))
+                .optional()?;
+            // They are true at this moment only.
+            tx.execute("DELETE FROM ghosts", [])?;
             Ok(Start {
                 run: meta(tx, "run")?,
                 suspect_run: meta(tx, "suspect_run")?,
                 bytes: unsigned(meta(tx, "bytes")?),
-                last_used: unsigned(last_used.unwrap_or(0)),
+                main_bytes: unsigned(meta(tx, "main_bytes")?),
+                last_place: unsigned(last_place),
                 last_revision: last_revision(tx)?,
+                ghosts: ghosts.unwrap_or_default(),
             })
         })
     }
@@ -424,7 +487,7 @@ impl Db {
             for segment in &batch.segments {
                 commit_segment(tx, segment, run)?;
             }
-            touch(tx, &batch.touched)?;
+            record_served(tx, &batch.served)?;
             for id in &batch.verified {
                 tx.prepare_cached(
                     "UPDATE segments SET run = ?4
@@ -480,17 +543,22 @@ impl Db {
         })
     }
 
-    /// The `limit` rows used longest ago.
-    pub(super) fn oldest(&self, limit: u32) -> Result<Vec<Candidate>, DiskError> {
+    /// Bytes in the main queue.
+    pub(super) fn main_bytes(&self) -> Result<u64, DiskError> {
+        self.read(|connection| Ok(unsigned(meta(connection, "main_bytes")?)))
+    }
+
+    /// The first `limit` rows of a queue.
+    pub(super) fn heads(&self, queue: Queue, limit: u32) -> Result<Vec<Candidate>, DiskError> {
         self.read(|connection| {
             connection
                 .prepare_cached(
-                    "SELECT s.revision, s.idx, s.incarnation, s.bytes, s.last_used,
+                    "SELECT s.revision, s.idx, s.incarnation, s.bytes, s.served,
                         r.store, r.key, r.validator
                      FROM segments s JOIN revisions r ON r.id = s.revision
-                     ORDER BY s.last_used LIMIT ?1",
+                     WHERE s.queue = ?1 ORDER BY s.place LIMIT ?2",
                 )?
-                .query_map([limit], |row| {
+                .query_map(params![number(queue), limit], |row| {
                     Ok(Candidate {
                         id: SegmentId {
                             revision: row.get(0)?,
@@ -498,7 +566,7 @@ impl Db {
                             incarnation: incarnation(row, 2)?,
                         },
                         bytes: unsigned(row.get(3)?),
-                        last_used: unsigned(row.get(4)?),
+                        served: unsigned(row.get(4)?),
                         revision: Revision {
                             key: ObjectKey::new(row.get::<_, String>(5)?, row.get::<_, String>(6)?),
                             validator: validator(row, 7)?,
@@ -509,16 +577,29 @@ impl Db {
         })
     }
 
-    /// Deletes the rows of `victims`, and stamps `refreshed` with their newer recency. A revision
+    /// Deletes the rows of `victims`, and puts `moved` where they stand now. A revision
     /// in `forgettable` goes too if nothing is left of it, and with it what it was current for.
     pub(super) fn evict(
         &mut self,
         victims: &[SegmentId],
-        refreshed: &[(SegmentId, u64)],
+        moved: &[Moved],
         forgettable: &[i64],
     ) -> Result<(), DiskError> {
         self.write(Commit::Ordered, |tx| {
-            touch(tx, refreshed)?;
+            for moved in moved {
+                tx.prepare_cached(
+                    "UPDATE segments SET queue = ?4, place = ?5, served = ?6
+                     WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
+                )?
+                .execute(params![
+                    moved.id.revision,
+                    signed(moved.id.idx),
+                    blob(moved.id.incarnation),
+                    number(moved.queue),
+                    signed(moved.place),
+                    signed(moved.served),
+                ])?;
+            }
             for id in victims {
                 delete_segment(tx, id)?;
             }
@@ -757,6 +838,14 @@ fn meta(connection: &Connection, name: &str) -> rusqlite::Result<i64> {
         .query_row([name], |row| row.get(0))
 }
 
+/// As the column `queue` has it.
+fn number(queue: Queue) -> i64 {
+    match queue {
+        Queue::Small => 0,
+        Queue::Main => 1,
+    }
+}
+
 /// The highest id ever given; ids are not reused (`AUTOINCREMENT`).
 fn last_revision(connection: &Connection) -> rusqlite::Result<i64> {
     let last: Option<i64> = connection
@@ -797,7 +886,7 @@ fn find(connection: &Connection, revision: &Revision) -> rusqlite::Result<Option
     };
     stored.segments = connection
         .prepare_cached(
-            "SELECT idx, incarnation, run, bits, bytes, last_used FROM segments
+            "SELECT idx, incarnation, run, bits, bytes, served FROM segments
              WHERE revision = ?1 ORDER BY idx",
         )?
         .query_map([stored.id], |row| {
@@ -807,7 +896,7 @@ fn find(connection: &Connection, revision: &Revision) -> rusqlite::Result<Option
                 run: row.get(2)?,
                 bits: row.get(3)?,
                 bytes: unsigned(row.get(4)?),
-                last_used: unsigned(row.get(5)?),
+                served: unsigned(row.get(5)?),
             })
         })?
         .collect::<rusqlite::Result<_>>()?;
@@ -848,10 +937,10 @@ fn commit_segment(tx: &Transaction<'_>, commit: &SegmentCommit, run: i64) -> rus
         crcs[*block as usize] = *crc;
     }
     tx.prepare_cached(
-        "INSERT INTO segments (revision, idx, incarnation, run, bits, bytes, last_used)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)
+        "INSERT INTO segments (revision, idx, incarnation, run, bits, bytes, queue, place, served)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
          ON CONFLICT DO UPDATE SET
-            bits = excluded.bits, bytes = excluded.bytes, last_used = excluded.last_used",
+            bits = excluded.bits, bytes = excluded.bytes, served = excluded.served",
     )?
     .execute(params![
         id.revision,
@@ -860,7 +949,9 @@ fn commit_segment(tx: &Transaction<'_>, commit: &SegmentCommit, run: i64) -> rus
         run,
         coverage.to_bytes(),
         signed(commit.bytes),
-        signed(commit.last_used),
+        number(commit.queue),
+        signed(commit.place),
+        signed(commit.served),
     ])?;
     let crcs: Vec<u8> = crcs.iter().flat_map(|crc| crc.to_le_bytes()).collect();
     tx.prepare_cached(
@@ -871,17 +962,17 @@ fn commit_segment(tx: &Transaction<'_>, commit: &SegmentCommit, run: i64) -> rus
     Ok(())
 }
 
-fn touch(tx: &Transaction<'_>, touched: &[(SegmentId, u64)]) -> rusqlite::Result<()> {
-    for (id, last_used) in touched {
+fn record_served(tx: &Transaction<'_>, served: &[(SegmentId, u64)]) -> rusqlite::Result<()> {
+    for (id, served) in served {
         tx.prepare_cached(
-            "UPDATE segments SET last_used = ?4
+            "UPDATE segments SET served = ?4
              WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
         )?
         .execute(params![
             id.revision,
             signed(id.idx),
             blob(id.incarnation),
-            signed(*last_used)
+            signed(*served)
         ])?;
     }
     Ok(())

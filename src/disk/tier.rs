@@ -11,9 +11,9 @@
 //!   or after (the purge dooms what was loaded). `purge_beats_load_and_admit` guards this.
 //! * A revision that memory forgets has nothing unrecorded: whoever has something to record holds
 //!   the [`HeldRevision`], and one that is held is not forgotten.
-//! * Recency is exact in memory and stale in the catalog, whose index gives the order of eviction. A row that turns
-//!   out to have been used since is stamped anew and passed over, as in second chance. So
-//!   segments that memory does not know go first, and no list of all segments is needed.
+//! * Who goes is for [`super::policy`] to say. Its queues are an index of the catalog, so no list of all segments is
+//!   needed in memory, at a start least of all. What was served is counted in memory; the catalog hears of it when memory
+//!   forgets a segment, when eviction moves it, and at the orderly end, but never because of a hit.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -29,9 +29,10 @@ use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 use tokio::sync::oneshot;
 
-use super::catalog::{Catalog, Db, SegmentId, StoredRevision};
+use super::catalog::{Candidate, Catalog, Db, Moved, SegmentId, StoredRevision};
 use super::durability::{self, KernelSync, Queue, Syncer};
 use super::held::{HeldRevision, Segment, SegmentKey};
+use super::policy::{self, Policy, Round, Standing, Verdict};
 use super::room::{Reservation, Room};
 use super::{
     CurrentRecord, DiskConfig, DiskError, DiskStats, Lookup, MinFree, PurgeTarget, Purged,
@@ -53,8 +54,8 @@ const DEGRADED_FOR: Duration = Duration::from_secs(5);
 /// How long a look at the file system's free space is good for; bytes of our own are added up meanwhile.
 const FREE_SPACE_FOR: Duration = Duration::from_secs(1);
 
-/// Rows that eviction looks at in one go.
-const CANDIDATES: u32 = 128;
+/// Rows of a queue that eviction reads in one go.
+const HEADS: u32 = 64;
 
 /// The tier.
 pub struct DiskTier {
@@ -79,6 +80,7 @@ pub(super) struct Shared {
     revisions: Mutex<Revisions>,
     /// One eviction at a time, else each would evict for all.
     evictor: Mutex<()>,
+    policy: Mutex<Policy>,
     free_space: Mutex<Option<FreeSpace>>,
     clock: AtomicU64,
     random: File,
@@ -89,7 +91,8 @@ pub(super) struct Shared {
     closed: AtomicBool,
     lock: Mutex<Option<File>>,
     evictions: AtomicU64,
-    evicted_bytes: AtomicU64,
+    /// By queue.
+    evicted_bytes: [AtomicU64; 2],
     quarantines: AtomicU64,
 }
 
@@ -166,6 +169,12 @@ impl DiskTier {
         let checkpointer = Catalog::checkpointer(&dir)?;
         let mut random = File::open("/dev/urandom")
             .map_err(|error| DiskError::io("open", Path::new("/dev/urandom"), error))?;
+        let standing = Standing {
+            small: start.bytes.saturating_sub(start.main_bytes),
+            main: start.main_bytes,
+        };
+        let mut policy = Policy::new(config.capacity, standing);
+        policy.restore(&start.ghosts);
         let shared = Arc::new(Shared {
             min_free: config.min_free,
             block_size: config.block_size,
@@ -182,8 +191,9 @@ impl DiskTier {
                 trim_above: seams.revisions_in_memory,
             }),
             evictor: Mutex::new(()),
+            policy: Mutex::new(policy),
             free_space: Mutex::new(None),
-            clock: AtomicU64::new(start.last_used + 1),
+            clock: AtomicU64::new(start.last_place + 1),
             run_mark: random_u64(&mut random)?,
             random,
             opening: (0..64).map(|_| Arc::default()).collect(),
@@ -191,7 +201,7 @@ impl DiskTier {
             closed: AtomicBool::new(false),
             lock: Mutex::new(Some(lock)),
             evictions: AtomicU64::new(0),
-            evicted_bytes: AtomicU64::new(0),
+            evicted_bytes: Default::default(),
             quarantines: AtomicU64::new(0),
             dir,
         });
@@ -319,7 +329,7 @@ impl DiskTier {
         blocking(move || shared.purge(&target)).await
     }
 
-    /// Room for `bytes`, evicting least recently used segments if need be.
+    /// Room for `bytes`, evicting segments if need be.
     ///
     /// # Errors
     /// [`DiskError::NoRoom`] if what is in use leaves no room, or the disk is in trouble.
@@ -373,8 +383,9 @@ impl DiskTier {
                 }
             }
             let held = std::mem::take(&mut shared.revisions.lock().by_name);
-            let touched: Vec<_> = held.values().flat_map(touched_since_recorded).collect();
-            let closed = shared.catalog.close(&touched);
+            let served: Vec<_> = held.values().flat_map(served_since_recorded).collect();
+            let ghosts = shared.policy.lock().save();
+            let closed = shared.catalog.close(&served, &ghosts);
             *shared.lock.lock() = None;
             closed
         })
@@ -384,11 +395,20 @@ impl DiskTier {
     /// Counters.
     pub fn stats(&self) -> DiskStats {
         let shared = &self.shared;
+        let (standing, ghost_hits) = {
+            let policy = shared.policy.lock();
+            (policy.standing(), policy.ghost_hits())
+        };
+        let [evicted_small, evicted_main] = &shared.evicted_bytes;
         DiskStats {
             used_bytes: shared.room.used(),
             capacity_bytes: shared.room.capacity(),
             evictions: shared.evictions.load(Ordering::Relaxed),
-            evicted_bytes: shared.evicted_bytes.load(Ordering::Relaxed),
+            small_bytes: standing.small,
+            main_bytes: standing.main,
+            evicted_small_bytes: evicted_small.load(Ordering::Relaxed),
+            evicted_main_bytes: evicted_main.load(Ordering::Relaxed),
+            ghost_hits,
             quarantines: shared.quarantines.load(Ordering::Relaxed),
             revisions_in_memory: shared.revisions.lock().by_name.len() as u64,
             open_files: shared.room.open_files() as u64,
@@ -409,7 +429,7 @@ impl Drop for DiskTier {
 }
 
 impl Shared {
-    /// The next recency stamp. Logical, so that a clock that jumps does not reorder eviction.
+    /// The next recency stamp, and place in a queue. Logical, so that a clock that jumps does not reorder eviction.
     pub(super) fn tick(&self) -> u64 {
         self.clock.fetch_add(1, Ordering::Relaxed)
     }
@@ -506,10 +526,10 @@ impl Shared {
             revisions.trim()
         };
         for forgotten in forgotten {
-            let touched = touched_since_recorded(&forgotten);
+            let served = served_since_recorded(&forgotten);
             let bare = forgotten.state.lock().segments.is_empty();
             let id = bare.then(|| (forgotten.id, forgotten.revision().clone()));
-            self.queue.forgotten(touched, id);
+            self.queue.forgotten(served, id);
         }
         held
     }
@@ -528,6 +548,7 @@ impl Shared {
             matching.map(|(_, held)| held).collect()
         };
         let segments: Vec<_> = doomed.iter().flat_map(|held| held.doom()).collect();
+        self.note_standing(&db);
         drop(db);
         let bytes = self.unlink_all(segments, &deleted.segments);
         Ok(Purged {
@@ -607,13 +628,13 @@ impl Shared {
                 }
                 continue;
             }
-            if self.evict(short)? > 0 {
+            if self.evict(short, flushed)? > 0 {
                 continue;
             }
             if flushed {
                 return Err(DiskError::NoRoom);
             }
-            // What was completed a moment ago has no row yet, and can go once it has.
+            // What was completed a moment ago has no row yet, and can go once it has. It may well be what should go.
             let (done, wait) = oneshot::channel();
             self.queue.flush(done);
             // Failure is no reason to stop: it shows as nothing to evict.
@@ -622,70 +643,129 @@ impl Shared {
         }
     }
 
-    /// Unlinks segments, the least recently used first, until `wanted` bytes are free or nothing
-    /// more can go. Returns the bytes freed.
-    fn evict(&self, wanted: u64) -> Result<u64, DiskError> {
-        let began = self.tick();
+    /// The queue that a new file of this segment begins in.
+    pub(super) fn admitted_to(&self, revision: &Revision, idx: u64) -> policy::Queue {
+        let mut policy = self.policy.lock();
+        let main = policy.standing().main;
+        policy.update(self.standing(main));
+        policy.admit(segment_name(revision, idx))
+    }
+
+    /// Tells the policy what is held, after the catalog changed.
+    pub(super) fn note_standing(&self, db: &Db) {
+        // Whoever works with the catalog next hears of its trouble.
+        if let Ok(main) = db.main_bytes() {
+            self.policy.lock().update(self.standing(main));
+        }
+    }
+
+    /// Whatever is not in main is in the small queue or on its way there: the catalog does not know of what was fetched
+    /// in the last moment, and in a small cache that is a good part.
+    fn standing(&self, main: u64) -> Standing {
+        Standing {
+            small: self.room.used().saturating_sub(main),
+            main,
+        }
+    }
+
+    /// Unlinks the segments that the policy chooses until `wanted` bytes are free or nothing more can go. Returns the
+    /// bytes freed. `settled`: what is held is in the catalog by now, so that a queue that shows nothing has nothing.
+    fn evict(&self, wanted: u64, settled: bool) -> Result<u64, DiskError> {
+        let mut round = Round::default();
         let mut freed = 0;
         while freed < wanted {
             let mut db = self.catalog.lock()?;
-            let candidates = db.oldest(CANDIDATES)?;
-            // Everything younger than this call was looked at by it and is in use.
-            if candidates
-                .first()
-                .is_none_or(|oldest| oldest.last_used >= began)
-            {
-                break;
-            }
+            self.note_standing(&db);
             let mut plan = Eviction::default();
-            for row in candidates {
-                if freed >= wanted || row.last_used >= began {
+            let mut queues = Queues::new(&db);
+            while freed < wanted {
+                let Some(queue) = round.turn(&self.policy.lock()) else {
                     break;
-                }
-                let held = self.revisions.lock().by_name.get(&row.revision).cloned();
-                let Some(held) = held else {
-                    plan.forgettable.push(row.id.revision);
-                    freed += row.bytes;
-                    plan.stored.push((row.id, row.bytes));
-                    continue;
                 };
-                let mut state = held.state.lock();
-                let found = state
-                    .files_mut(row.id.idx)
-                    .find(|(_, segment)| segment.incarnation == row.id.incarnation);
-                let Some((key, segment)) = found else {
-                    // Memory gave it up (see `HeldRevision::open_at`).
-                    freed += row.bytes;
-                    plan.stored.push((row.id, row.bytes));
-                    continue;
-                };
-                let key = *key;
-                if segment.in_use() {
-                    segment.last_used = self.tick();
+                match queues.next(queue)? {
+                    Some(row) => freed += self.judge(&mut round, queue, row, &mut plan),
+                    None if settled && plan.is_empty() => round.pass_over(queue),
+                    None => break,
                 }
-                if segment.last_used > row.last_used {
-                    segment.stored_last_used = segment.last_used;
-                    plan.refreshed.push((row.id, segment.last_used));
-                } else if let Some(segment) = state.segments.remove(&key) {
-                    freed += segment.charge.bytes();
-                    drop(state);
-                    plan.known.push((held, key, segment));
-                }
+            }
+            if plan.is_empty() {
+                break;
             }
             let victims = plan.commit(&mut db)?;
             // The rows are gone, and nobody else knows the files: no lock is needed to unlink them.
             drop(db);
             self.evictions.fetch_add(victims, Ordering::Relaxed);
+            for (count, bytes) in self.evicted_bytes.iter().zip(plan.bytes) {
+                count.fetch_add(bytes, Ordering::Relaxed);
+            }
             let stored = plan.stored_files();
             let known = plan
                 .known
                 .into_iter()
                 .map(|(_, _, segment)| segment)
                 .collect();
-            let bytes = self.unlink_all(known, &stored);
-            self.evicted_bytes.fetch_add(bytes, Ordering::Relaxed);
+            self.unlink_all(known, &stored);
         }
         Ok(freed)
+    }
+
+    /// Has the policy judge the head of a queue, and plans accordingly. Returns the bytes that will be free.
+    fn judge(
+        &self,
+        round: &mut Round,
+        queue: policy::Queue,
+        row: Candidate,
+        plan: &mut Eviction,
+    ) -> u64 {
+        let held = self.revisions.lock().by_name.get(&row.revision).cloned();
+        let mut state = held.as_ref().map(|held| held.state.lock());
+        // Memory may have given it up (see `HeldRevision::open_at`).
+        let found = state.as_mut().and_then(|state| {
+            state
+                .files_mut(row.id.idx)
+                .find(|(_, segment)| segment.incarnation == row.id.incarnation)
+        });
+        let head = policy::Head {
+            name: segment_name(&row.revision, row.id.idx),
+            bytes: row.bytes,
+            served: found
+                .as_ref()
+                .map_or(row.served, |(_, segment)| segment.charge.served()),
+            in_use: found.as_ref().is_some_and(|(_, segment)| segment.in_use()),
+        };
+        let verdict = round.judge(&mut self.policy.lock(), queue, head);
+        if let Verdict::Move { to, served } = verdict {
+            if let Some((_, segment)) = found {
+                segment.charge.set_served(served);
+                segment.stored_served = served;
+            }
+            plan.moved.push(Moved {
+                id: row.id,
+                queue: to,
+                place: self.tick(),
+                served,
+            });
+            return 0;
+        }
+        let key = found.map(|(key, _)| *key);
+        let segment = key.and_then(|key| state.as_mut()?.segments.remove(&key));
+        drop(state);
+        let bytes = match (held, key, segment) {
+            (Some(held), Some(key), Some(segment)) => {
+                let bytes = segment.charge.bytes();
+                plan.known.push((held, key, segment));
+                bytes
+            }
+            (held, ..) => {
+                if held.is_none() {
+                    plan.forgettable.push(row.id.revision);
+                }
+                plan.stored.push((row.id, row.bytes));
+                row.bytes
+            }
+        };
+        plan.bytes[usize::from(queue == policy::Queue::Main)] += bytes;
+        bytes
     }
 
     /// Closes segment files that nobody sends from, the least recently used first, once there are
@@ -830,8 +910,34 @@ struct Eviction {
     known: Vec<(Arc<HeldRevision>, SegmentKey, Segment)>,
     /// Only in the catalog.
     stored: Vec<(SegmentId, u64)>,
-    refreshed: Vec<(SegmentId, u64)>,
+    moved: Vec<Moved>,
     forgettable: Vec<i64>,
+    /// Bytes that go, by queue.
+    bytes: [u64; 2],
+}
+
+/// The heads of the queues in the catalog as far as they have been read, which is once for each round of
+/// eviction: what is moved to the end during the round is not seen again by it.
+struct Queues<'a> {
+    db: &'a Db,
+    read: [Option<std::vec::IntoIter<Candidate>>; 2],
+}
+
+impl<'a> Queues<'a> {
+    fn new(db: &'a Db) -> Self {
+        Self {
+            db,
+            read: [None, None],
+        }
+    }
+
+    fn next(&mut self, queue: policy::Queue) -> Result<Option<Candidate>, DiskError> {
+        let read = &mut self.read[usize::from(queue == policy::Queue::Main)];
+        if read.is_none() {
+            *read = Some(self.db.heads(queue, HEADS)?.into_iter());
+        }
+        Ok(read.as_mut().and_then(Iterator::next))
+    }
 }
 
 impl Eviction {
@@ -843,13 +949,17 @@ impl Eviction {
             .iter()
             .map(|(held, key, segment)| held.segment_id(*key, segment));
         let victims: Vec<_> = known.chain(self.stored.iter().map(|(id, _)| *id)).collect();
-        if let Err(error) = db.evict(&victims, &self.refreshed, &self.forgettable) {
+        if let Err(error) = db.evict(&victims, &self.moved, &self.forgettable) {
             for (held, key, segment) in self.known.drain(..) {
                 held.state.lock().segments.insert(key, segment);
             }
             return Err(error);
         }
         Ok(victims.len() as u64)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.known.is_empty() && self.stored.is_empty() && self.moved.is_empty()
     }
 
     fn stored_files(&self) -> Vec<(u128, u64)> {
@@ -891,15 +1001,33 @@ impl Revisions {
     }
 }
 
-/// Segments of it used since the catalog heard of it.
-fn touched_since_recorded(held: &Arc<HeldRevision>) -> Vec<(SegmentId, u64)> {
+/// Segments of it that bytes were sent from since the catalog heard of it.
+fn served_since_recorded(held: &Arc<HeldRevision>) -> Vec<(SegmentId, u64)> {
     let state = held.state.lock();
-    let used = state
+    let recorded = state
         .segments
         .iter()
-        .filter(|(_, segment)| segment.recorded && segment.last_used != segment.stored_last_used);
-    used.map(|(key, segment)| (held.segment_id(*key, segment), segment.last_used))
+        .filter(|(_, segment)| segment.recorded);
+    recorded
+        .map(|(key, segment)| (key, segment, segment.charge.served()))
+        .filter(|(_, segment, served)| *served != segment.stored_served)
+        .map(|(key, segment, served)| (held.segment_id(*key, segment), served))
         .collect()
+}
+
+/// What the policy knows a segment by: the same after a restart, and when its revision has been forgotten meanwhile.
+fn segment_name(revision: &Revision, idx: u64) -> u64 {
+    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
+    for part in [
+        revision.key.store(),
+        revision.key.key(),
+        revision.validator.as_field_value(),
+    ] {
+        digest.update(part.as_bytes());
+        digest.update(&[0]);
+    }
+    digest.update(&idx.to_le_bytes());
+    digest.finalize()
 }
 
 /// Disk trouble: refuses writes for a while after one failed, and logs once until one works again.

@@ -384,13 +384,14 @@ fn create(
             shared.trouble.note("create", &path, &error);
             DiskError::io("create", &path, error)
         })?;
-    let charge = Charge::new(&shared.room, 0);
+    let charge = Charge::new(&shared.room, 0, 0);
     let file = SegmentFile::new(file, Arc::clone(&charge));
     let segment = State::new_segment(
         incarnation,
         Arc::clone(&file),
         charge,
         claimed,
+        shared.admitted_to(held.revision(), idx),
         shared.tick(),
     );
     let mut state = held.state.lock();
