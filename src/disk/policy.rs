@@ -192,7 +192,7 @@ impl Policy {
 /// One search for room.
 #[derive(Debug, Default)]
 pub struct Round {
-    /// Bytes of segments in use that were seen since something else was.
+    /// Bytes of segments in use that were seen in each queue since something else was.
     passed_over: Standing,
     spared: u32,
 }
@@ -227,7 +227,7 @@ impl Round {
                 served: head.served,
             };
         }
-        self.passed_over = Standing::default();
+        *self.passed_over.of_mut(queue) = 0;
         let visits = visits(head).min(MOST_VISITS);
         let verdict = match queue {
             Queue::Small if visits > 0 || std::mem::take(&mut policy.vacancy) => Verdict::Move {
@@ -264,6 +264,8 @@ impl Round {
         *standing.of_mut(queue) -= head.bytes.min(standing.of(queue));
         if let Verdict::Move { to, .. } = verdict {
             *standing.of_mut(to) += head.bytes;
+            // It is worth a look behind those in use.
+            *self.passed_over.of_mut(to) = 0;
         }
         verdict
     }
@@ -339,10 +341,230 @@ impl Ghosts {
         let (words, _) = saved.as_chunks::<8>();
         let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
         let (ghosts, _) = words.as_chunks::<2>();
-        self.now = ghosts.iter().map(|[_, age]| *age).max().unwrap_or(0);
-        let now = self.now;
+        self.now = self.memory;
         for [name, age] in ghosts {
-            self.insert(*name, now - age);
+            if let Some(at) = self.now.checked_sub(*age) {
+                self.insert(*name, at);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const CAPACITY: u64 = 1000;
+
+    fn policy() -> Policy {
+        let mut policy = Policy::new(CAPACITY, Standing::default());
+        // Something had to go before.
+        policy.pressed = true;
+        policy
+    }
+
+    /// A segment of 10 bytes.
+    fn head(name: u64, served: u64) -> Head {
+        Head {
+            name,
+            bytes: 10,
+            served,
+            in_use: false,
+        }
+    }
+
+    fn verdict(queue: Queue, served: u64) -> Verdict {
+        let mut policy = policy();
+        let (small, main) = (500, 500);
+        policy.update(Standing { small, main });
+        Round::default().judge(&mut policy, queue, head(1, served))
+    }
+
+    #[test]
+    fn a_visit_is_as_many_bytes_as_the_segment_has_and_the_first_does_not_count() {
+        let to_main = |served| Verdict::Move {
+            to: Queue::Main,
+            served,
+        };
+        for (served, small, main) in [
+            (0, Verdict::Evict, Verdict::Evict),
+            (10, Verdict::Evict, Verdict::Evict),
+            (14, Verdict::Evict, Verdict::Evict),
+            (15, to_main(10), to_main(10)),
+            (24, to_main(10), to_main(10)),
+            (25, to_main(20), to_main(20)),
+            (40, to_main(30), to_main(30)),
+            (10_000, to_main(30), to_main(30)),
+            (u64::MAX, to_main(30), to_main(30)),
+        ] {
+            assert_eq!(verdict(Queue::Small, served), small, "{served}");
+            assert_eq!(verdict(Queue::Main, served), main, "{served}");
+        }
+    }
+
+    #[test]
+    fn what_fits_begins_in_main_until_something_had_to_go() {
+        let mut policy = Policy::new(CAPACITY, Standing::default());
+        assert_eq!(policy.admit(1), Queue::Small);
+        let (small, main) = (100, 0);
+        policy.update(Standing { small, main });
+        assert_eq!(policy.admit(2), Queue::Main);
+        Round::default().judge(&mut policy, Queue::Small, head(1, 0));
+        policy.update(Standing { small, main });
+        assert_eq!(policy.admit(3), Queue::Small);
+        let full = Standing {
+            small: 100,
+            main: 800,
+        };
+        assert_eq!(Policy::new(CAPACITY, full).admit(4), Queue::Small);
+    }
+
+    #[test]
+    fn a_ghost_counts_once_and_for_nine_tenths_of_the_capacity() {
+        let mut policy = policy();
+        let (small, main) = (1000, 0);
+        policy.update(Standing { small, main });
+        let mut round = Round::default();
+        for name in 0..=91 {
+            let (small, main) = (1000, 0);
+            policy.update(Standing { small, main });
+            let verdict = round.judge(&mut policy, Queue::Small, head(name, 0));
+            assert_eq!(verdict, Verdict::Evict);
+        }
+        assert_eq!(policy.admit(0), Queue::Small, "forgotten");
+        assert_eq!(policy.admit(1), Queue::Main, "91 were let go with it");
+        assert_eq!(policy.admit(1), Queue::Small, "taken");
+        assert_eq!(policy.ghost_hits(), 1);
+
+        let mut restored = Policy::new(CAPACITY, Standing::default());
+        restored.pressed = true;
+        restored.restore(&policy.save());
+        assert_eq!(restored.admit(1), Queue::Small);
+        assert_eq!(restored.admit(2), Queue::Main);
+        assert_eq!(restored.save().len(), 16 * 89);
+        // The ages are kept too.
+        let verdict = Round::default().judge(&mut restored, Queue::Small, head(500, 0));
+        assert_eq!(verdict, Verdict::Evict);
+        assert_eq!(restored.admit(2), Queue::Small);
+        assert_eq!(restored.admit(3), Queue::Main);
+    }
+
+    #[test]
+    fn ghosts_are_bounded_and_damage_is_no_ghost() {
+        let mut ghosts = Ghosts::new(u64::MAX / 2);
+        for name in 0..MOST_GHOSTS as u64 + 10 {
+            ghosts.add(name, 1);
+        }
+        assert_eq!(ghosts.order.len(), MOST_GHOSTS);
+        assert_eq!(ghosts.since.len(), MOST_GHOSTS);
+        let mut saved = ghosts.save();
+        saved.truncate(16 * 7 + 9);
+        let mut ghosts = Ghosts::new(10);
+        ghosts.restore(&saved);
+        assert!(ghosts.since.len() <= 7);
+        ghosts.restore(b"?");
+        ghosts.restore(&[0xff; 64]);
+        ghosts.add(1, 1);
+        assert!(ghosts.take(1));
+    }
+
+    /// A main queue that nobody reads gives way to what comes, one segment for each 16 let go; one that is read does not.
+    #[test]
+    fn a_stale_main_ebbs_away() {
+        let mut main_evicted = 0;
+        let mut promoted = 0;
+        let mut policy = policy();
+        for name in 0..1700 {
+            let (small, main) = (110, 890);
+            policy.update(Standing { small, main });
+            let mut round = Round::default();
+            let queue = round.turn(&policy).unwrap();
+            match (queue, round.judge(&mut policy, queue, head(name, 0))) {
+                (Queue::Main, Verdict::Evict) => main_evicted += 1,
+                (Queue::Small, Verdict::Move { .. }) => promoted += 1,
+                _ => {}
+            }
+        }
+        // 16 let go, one of main, one promoted.
+        assert_eq!((main_evicted, promoted), (94, 94));
+        let (small, main) = (110, 890);
+        policy.update(Standing { small, main });
+        policy.let_go = CHALLENGE;
+        let mut round = Round::default();
+        assert_eq!(round.turn(&policy), Some(Queue::Main));
+        let spared = round.judge(&mut policy, Queue::Main, head(1, 20));
+        assert!(matches!(spared, Verdict::Move { .. }));
+        assert!(!policy.vacancy);
+        assert_eq!(round.turn(&policy), Some(Queue::Small));
+    }
+
+    #[derive(Clone, Debug)]
+    struct Segment {
+        bytes: u64,
+        served: u64,
+        in_use: bool,
+    }
+
+    fn segments() -> impl Strategy<Value = Vec<Segment>> {
+        let segment =
+            (1_u64..200, 0_u64..2000, any::<bool>()).prop_map(|(bytes, served, in_use)| Segment {
+                bytes,
+                served,
+                in_use,
+            });
+        proptest::collection::vec(segment, 0..40)
+    }
+
+    proptest! {
+        /// A round ends, and finds the room if there is any: whatever stands in the queues.
+        #[test]
+        fn a_round_ends_when_there_is_room_or_all_is_in_use(
+            small in segments(),
+            main in segments(),
+            wanted in 1_u64..4000,
+        ) {
+            let mut queues = [small, main].map(VecDeque::from);
+            let sum = |queue: &VecDeque<Segment>| queue.iter().map(|segment| segment.bytes).sum();
+            let evictable: u64 = queues
+                .iter()
+                .flatten()
+                .filter(|segment| !segment.in_use)
+                .map(|segment| segment.bytes)
+                .sum();
+            let mut policy = policy();
+            let [small, main] = &queues;
+            policy.update(Standing { small: sum(small), main: sum(main) });
+            let mut round = Round::default();
+            let mut freed = 0;
+            let mut looks = 0;
+            while freed < wanted && let Some(queue) = round.turn(&policy) {
+                looks += 1;
+                // Some laps; more only if all of main is in use while much is promoted.
+                prop_assert!(looks < 80 * 40, "it does not end");
+                let mut segment = queues[queue as usize].pop_front().expect("it has bytes");
+                let head = Head {
+                    name: looks,
+                    bytes: segment.bytes,
+                    served: segment.served,
+                    in_use: segment.in_use,
+                };
+                match round.judge(&mut policy, queue, head) {
+                    Verdict::Evict => {
+                        prop_assert!(!segment.in_use);
+                        freed += segment.bytes;
+                    }
+                    Verdict::Move { to, served } => {
+                        segment.served = served;
+                        queues[to as usize].push_back(segment);
+                    }
+                }
+                let [small, main] = &queues;
+                let standing = Standing { small: sum(small), main: sum(main) };
+                prop_assert_eq!(policy.standing(), standing);
+            }
+            prop_assert!(freed >= wanted.min(evictable), "{freed} of {evictable}");
         }
     }
 }
