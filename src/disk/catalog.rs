@@ -157,6 +157,7 @@ pub(super) struct Candidate {
     pub(super) id: SegmentId,
     pub(super) revision: Revision,
     pub(super) bytes: u64,
+    pub(super) place: u64,
     pub(super) served: u64,
 }
 
@@ -548,17 +549,22 @@ impl Db {
         self.read(|connection| Ok(unsigned(meta(connection, "main_bytes")?)))
     }
 
-    /// The first `limit` rows of a queue.
-    pub(super) fn heads(&self, queue: Queue, limit: u32) -> Result<Vec<Candidate>, DiskError> {
+    /// The first `limit` rows of a queue from `place` on.
+    pub(super) fn heads(
+        &self,
+        queue: Queue,
+        place: u64,
+        limit: u32,
+    ) -> Result<Vec<Candidate>, DiskError> {
         self.read(|connection| {
             connection
                 .prepare_cached(
                     "SELECT s.revision, s.idx, s.incarnation, s.bytes, s.served,
-                        r.store, r.key, r.validator
+                        r.store, r.key, r.validator, s.place
                      FROM segments s JOIN revisions r ON r.id = s.revision
-                     WHERE s.queue = ?1 ORDER BY s.place LIMIT ?2",
+                     WHERE s.queue = ?1 AND s.place >= ?2 ORDER BY s.place LIMIT ?3",
                 )?
-                .query_map(params![number(queue), limit], |row| {
+                .query_map(params![number(queue), signed(place), limit], |row| {
                     Ok(Candidate {
                         id: SegmentId {
                             revision: row.get(0)?,
@@ -567,6 +573,7 @@ impl Db {
                         },
                         bytes: unsigned(row.get(3)?),
                         served: unsigned(row.get(4)?),
+                        place: unsigned(row.get(8)?),
                         revision: Revision {
                             key: ObjectKey::new(row.get::<_, String>(5)?, row.get::<_, String>(6)?),
                             validator: validator(row, 7)?,

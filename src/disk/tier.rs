@@ -57,6 +57,9 @@ const FREE_SPACE_FOR: Duration = Duration::from_secs(1);
 /// Rows of a queue that eviction reads in one go.
 const HEADS: u32 = 64;
 
+/// Segments that one transaction of eviction moves or deletes at most: first touches wait for it.
+const PLAN: usize = 256;
+
 /// The tier.
 pub struct DiskTier {
     shared: Arc<Shared>,
@@ -74,6 +77,7 @@ pub(super) struct Shared {
     pub(super) catalog: Catalog,
     pub(super) queue: Queue,
     pub(super) sync: Box<dyn Syncer>,
+    file_system: FileSystem,
     pub(super) trouble: Trouble,
     /// Segments recorded by this run or an earlier one are verified before they are served.
     pub(super) suspect_run: i64,
@@ -113,9 +117,13 @@ struct FreeSpace {
     used: u64,
 }
 
+/// Bytes of the file system that a directory lies in: all, and those that are left to us.
+pub(super) type FileSystem = Box<dyn Fn(&Path) -> io::Result<(u64, u64)> + Send + Sync>;
+
 /// What tests change.
 pub(super) struct Seams {
     pub(super) sync: Box<dyn Syncer>,
+    pub(super) file_system: FileSystem,
     pub(super) revisions_in_memory: usize,
     pub(super) max_open_files: usize,
 }
@@ -130,6 +138,10 @@ impl Default for Seams {
             });
         Self {
             sync: Box::new(KernelSync),
+            file_system: Box::new(|dir| {
+                let stat = rustix::fs::statvfs(dir)?;
+                Ok((stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize))
+            }),
             revisions_in_memory: REVISIONS_IN_MEMORY,
             max_open_files: quarter.clamp(16, 1 << 16),
         }
@@ -183,6 +195,7 @@ impl DiskTier {
             catalog,
             queue: Queue::default(),
             sync: seams.sync,
+            file_system: seams.file_system,
             trouble: Trouble::default(),
             suspect_run: start.suspect_run,
             revisions: Mutex::new(Revisions {
@@ -671,6 +684,7 @@ impl Shared {
     /// Unlinks the segments that the policy chooses until `wanted` bytes are free or nothing more can go. Returns the
     /// bytes freed. `settled`: what is held is in the catalog by now, so that a queue that shows nothing has nothing.
     fn evict(&self, wanted: u64, settled: bool) -> Result<u64, DiskError> {
+        let began = self.tick();
         let mut round = Round::default();
         let mut freed = 0;
         while freed < wanted {
@@ -678,17 +692,17 @@ impl Shared {
             self.note_standing(&db);
             let mut plan = Eviction::default();
             let mut queues = Queues::new(&db);
-            while freed < wanted {
+            while freed < wanted && plan.len() < PLAN {
                 let Some(queue) = round.turn(&self.policy.lock()) else {
                     break;
                 };
                 match queues.next(queue)? {
-                    Some(row) => freed += self.judge(&mut round, queue, row, &mut plan),
-                    None if settled && plan.is_empty() => round.pass_over(queue),
+                    Some(row) => freed += self.judge(&mut round, began, queue, row, &mut plan),
+                    None if settled && plan.len() == 0 => round.pass_over(queue),
                     None => break,
                 }
             }
-            if plan.is_empty() {
+            if plan.len() == 0 {
                 break;
             }
             let victims = plan.commit(&mut db)?;
@@ -710,9 +724,11 @@ impl Shared {
     }
 
     /// Has the policy judge the head of a queue, and plans accordingly. Returns the bytes that will be free.
+    /// Who is in use and has been moved since the search `began` is not moved again: that would look like others.
     fn judge(
         &self,
         round: &mut Round,
+        began: u64,
         queue: policy::Queue,
         row: Candidate,
         plan: &mut Eviction,
@@ -733,6 +749,9 @@ impl Shared {
                 .map_or(row.served, |(_, segment)| segment.charge.served()),
             in_use: found.as_ref().is_some_and(|(_, segment)| segment.in_use()),
         };
+        if head.in_use && row.place > began {
+            return 0;
+        }
         let verdict = round.judge(&mut self.policy.lock(), queue, head);
         if let Verdict::Move { to, served } = verdict {
             if let Some((_, segment)) = found {
@@ -764,7 +783,7 @@ impl Shared {
                 row.bytes
             }
         };
-        plan.bytes[usize::from(queue == policy::Queue::Main)] += bytes;
+        plan.bytes[queue as usize] += bytes;
         bytes
     }
 
@@ -812,14 +831,13 @@ impl Shared {
     fn look_at_free_space(&self) -> Result<FreeSpace, DiskError> {
         let used = self.room.used();
         let reserved = self.room.reserved();
-        let stat = rustix::fs::statvfs(&self.dir)
-            .map_err(|error| DiskError::io("statvfs", &self.dir, error.into()))?;
+        let (total, available) = (self.file_system)(&self.dir)
+            .map_err(|error| DiskError::io("statvfs", &self.dir, error))?;
         let min_free = match self.min_free {
             MinFree::Bytes(bytes) => bytes,
-            MinFree::Percent(percent) => percent_of(stat.f_blocks * stat.f_frsize, percent),
+            MinFree::Percent(percent) => percent_of(total, percent),
         };
-        let available = i128::from(stat.f_bavail) * i128::from(stat.f_frsize);
-        let spare = available - i128::from(min_free) - i128::from(reserved);
+        let spare = i128::from(available) - i128::from(min_free) - i128::from(reserved);
         let look = FreeSpace {
             at: Instant::now(),
             spare,
@@ -916,27 +934,36 @@ struct Eviction {
     bytes: [u64; 2],
 }
 
-/// The heads of the queues in the catalog as far as they have been read, which is once for each round of
-/// eviction: what is moved to the end during the round is not seen again by it.
+/// The queues in the catalog, walked from their heads. What is moved to the end meanwhile gets there by the commit, and
+/// is not met by this walk.
 struct Queues<'a> {
     db: &'a Db,
-    read: [Option<std::vec::IntoIter<Candidate>>; 2],
+    read: [std::vec::IntoIter<Candidate>; 2],
+    places: [u64; 2],
 }
 
 impl<'a> Queues<'a> {
     fn new(db: &'a Db) -> Self {
         Self {
             db,
-            read: [None, None],
+            read: Default::default(),
+            places: [0; 2],
         }
     }
 
     fn next(&mut self, queue: policy::Queue) -> Result<Option<Candidate>, DiskError> {
-        let read = &mut self.read[usize::from(queue == policy::Queue::Main)];
-        if read.is_none() {
-            *read = Some(self.db.heads(queue, HEADS)?.into_iter());
+        let (read, place) = (
+            &mut self.read[queue as usize],
+            &mut self.places[queue as usize],
+        );
+        if read.as_slice().is_empty() {
+            *read = self.db.heads(queue, *place, HEADS)?.into_iter();
         }
-        Ok(read.as_mut().and_then(Iterator::next))
+        let next = read.next();
+        if let Some(row) = &next {
+            *place = row.place + 1;
+        }
+        Ok(next)
     }
 }
 
@@ -958,8 +985,8 @@ impl Eviction {
         Ok(victims.len() as u64)
     }
 
-    fn is_empty(&self) -> bool {
-        self.known.is_empty() && self.stored.is_empty() && self.moved.is_empty()
+    fn len(&self) -> usize {
+        self.known.len() + self.stored.len() + self.moved.len()
     }
 
     fn stored_files(&self) -> Vec<(u128, u64)> {
