@@ -24,3 +24,8 @@ demo:
 fleet *ARGS:
     cargo build --release --locked
     python3 scripts/fleet-test.py --pinrange target/release/pinrange {{ARGS}}
+
+# kills, flipped bits, full disks, an origin that breaks down, all from a seed: does anybody get a wrong byte?
+chaos *ARGS:
+    cargo build --release --locked
+    python3 scripts/chaos-test.py --pinrange target/release/pinrange {{ARGS}}

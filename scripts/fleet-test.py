@@ -106,7 +106,7 @@ def run(options, directory):
             garage.publish()
             fleet, address = None, ("localhost", garage.web_port, f"/{stack.OBJECT}")
         else:
-            fleet = stack.Fleet(processes, directory, options.pinrange, garage, options.size, options.capacity)
+            fleet = stack.Fleet(processes, directory, options.pinrange, garage.s3_port, options.size, options.capacity)
             address = ("127.0.0.1", fleet.port, f"/{stack.BUCKET}/{stack.OBJECT}")
 
         kinds = [clients.Aria2, clients.Ranges, clients.Curl]

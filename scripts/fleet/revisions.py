@@ -31,6 +31,18 @@ class Revisions:
             self._buffer[index::PAGE] = bytes([byte]) * (self.size // PAGE)
         return memoryview(self._buffer)
 
+    def stretch_of(self, number, start, end):
+        """A stretch of a revision's bytes. Any number of threads may ask, once all were uploaded."""
+        first = start - start % PAGE
+        stretch = bytearray(self._buffer[first : -(-end // PAGE) * PAGE])
+        for offset in range(0, len(stretch), PAGE):
+            HEADER.pack_into(stretch, offset, number, first + offset)
+        return bytes(stretch[start - first : end - first])
+
+    def number_of(self, etag):
+        """None: nobody uploaded that."""
+        return self._numbers.get(etag)
+
     def uploaded(self, number, etag):
         self._numbers[etag] = number
 

@@ -49,14 +49,24 @@ class Processes(contextlib.ExitStack):
         self.exit_codes = {}
 
     def start(self, name, command, env=None):
-        log = self.enter_context(open(self.directory / f"{name}.log", "wb"))
+        # Appended to: a server that is started again goes on in the same log.
+        log = self.enter_context(open(self.directory / f"{name}.log", "ab"))
+        self.exit_codes.pop(name, None)
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})}
         )
         self.callback(self._end, name, process)
         return process
 
+    def end(self, name, process, how=signal.SIGTERM):
+        """Ends one process now, and waits for it. What is started under its name later is another one."""
+        process.send_signal(how)
+        process.wait(20)
+        self.exit_codes[name] = process.returncode
+
     def _end(self, name, process):
+        if name in self.exit_codes and process.poll() is not None:
+            return
         already = process.poll()
         if already is None:
             process.send_signal(signal.SIGTERM)
@@ -133,10 +143,10 @@ root_domain = ".web.localhost"
             raise Broken(f"Garage answered a PUT with {status}: {answer[:500]!r}")
         return headers["ETag"]
 
-    def overwrite(self, source):
+    def overwrite(self, source, target=OBJECT):
         """Puts the bytes of another key into the object, by a copy inside Garage: that takes milliseconds at any size."""
         copy = {"x-amz-copy-source": f"/{BUCKET}/{source}"}
-        status, _, answer = self.signed("PUT", f"/{BUCKET}/{OBJECT}", extra=copy)
+        status, _, answer = self.signed("PUT", f"/{BUCKET}/{target}", extra=copy)
         if status != 200 or b"CopyObjectResult" not in answer:
             raise Broken(f"Garage answered a copy with {status}: {answer[:500]!r}")
 
@@ -168,10 +178,55 @@ root_domain = ".web.localhost"
             return response.status, response.headers, response.read()
 
 
+class Replica:
+    """One replica, which can be killed and started again over the same directory."""
+
+    def __init__(self, processes, directory, number, binary, endpoint, cache, capacity, part):
+        self.number, self.name = number, f"replica{number}"
+        self.port, self.admin, self.cache = free_port(), free_port(), cache
+        self._processes = processes
+        config = directory / f"{self.name}.toml"
+        config.write_text(f"""\
+[server]
+listen = "127.0.0.1:{self.port}"
+admin = "127.0.0.1:{self.admin}"
+drain_timeout = "10s"
+[cache]
+dir = "{cache}"
+capacity = "{capacity}"
+min_free = "1%"
+part_size = {part}
+[[mount]]
+path = "/{BUCKET}"
+bucket = "{BUCKET}"
+endpoint = "http://127.0.0.1:{endpoint}"
+region = "{REGION}"
+path_style = true
+""")
+        self._command = [binary, "serve", "--config", str(config)]
+        self.start()
+
+    def start(self):
+        """Starts it; gives the seconds until it was ready."""
+        begun = time.monotonic()
+        env = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+        self.process = self._processes.start(self.name, self._command, env)
+        self._processes.wait_until(self.name, self.process, lambda: status_of(self.admin, "/readyz") == 200)
+        return time.monotonic() - begun
+
+    def kill(self):
+        """What power loss looks like to the process."""
+        self._processes.end(self.name, self.process, signal.SIGKILL)
+
+    def metrics(self):
+        return _text(self.admin, "/metrics")
+
+
 class Fleet:
     """Replicas of pinrange behind HAProxy, which runs the configuration that we ship."""
 
-    def __init__(self, processes, directory, binary, garage, size, capacity):
+    def __init__(self, processes, directory, binary, endpoint, size, capacity, caches=None):
+        """`endpoint`: the port of the S3 that they ask. `caches`: a directory for each replica."""
         # Every replica gets a share even of a small object. Parts keep within a stretch.
         stretch = max(1 << 20, min(64 << 20, size // 8))
         part = min(16 << 20, stretch)
@@ -181,36 +236,13 @@ class Fleet:
             "PINRANGE_STATS": f"127.0.0.1:{self._stats_port}",
             "PINRANGE_STRETCH": str(stretch),
         }
-        self._admin_ports = []
+        self.replicas = []
         for number in (1, 2, 3):
-            port, admin = free_port(), free_port()
-            self._admin_ports.append(admin)
-            config = directory / f"replica{number}.toml"
-            config.write_text(f"""\
-[server]
-listen = "127.0.0.1:{port}"
-admin = "127.0.0.1:{admin}"
-drain_timeout = "10s"
-[cache]
-dir = "{directory}/cache{number}"
-capacity = "{capacity}"
-min_free = "1%"
-part_size = {part}
-[[mount]]
-path = "/{BUCKET}"
-bucket = "{BUCKET}"
-endpoint = "http://127.0.0.1:{garage.s3_port}"
-region = "{REGION}"
-path_style = true
-""")
-            process = processes.start(
-                f"replica{number}",
-                [binary, "serve", "--config", str(config)],
-                {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET},
-            )
-            processes.wait_until(f"replica{number}", process, lambda: status_of(admin, "/readyz") == 200)
-            env[f"PINRANGE_{number}"] = f"127.0.0.1:{port}"
-            env[f"PINRANGE_{number}_ADMIN_PORT"] = str(admin)
+            cache = caches[number - 1] if caches else directory / f"cache{number}"
+            replica = Replica(processes, directory, number, binary, endpoint, cache, capacity, part)
+            self.replicas.append(replica)
+            env[f"PINRANGE_{number}"] = f"127.0.0.1:{replica.port}"
+            env[f"PINRANGE_{number}_ADMIN_PORT"] = str(replica.admin)
         # Debian keeps it where only root's PATH looks.
         haproxy = shutil.which("haproxy") or program("/usr/sbin/haproxy")
         process = processes.start("haproxy", [haproxy, "-db", "-f", str(REPOSITORY / "deploy/haproxy.cfg")], env)
