@@ -603,11 +603,8 @@ mod tests {
         metrics.aborted("remote");
     }
 
-    #[test]
-    fn what_is_recorded_can_be_scraped() {
-        let metrics = Metrics::default();
-        record_everything(&metrics.clone());
-        let stats = DiskStats {
+    fn disk_stats() -> DiskStats {
+        DiskStats {
             used_bytes: 10,
             capacity_bytes: 20,
             evictions: 3,
@@ -620,8 +617,14 @@ mod tests {
             open_files: 7,
             revisions_in_memory: 5,
             degraded: true,
-        };
-        let samples = parse(&metrics.encode(Some(&stats)));
+        }
+    }
+
+    #[test]
+    fn what_is_recorded_can_be_scraped() {
+        let metrics = Metrics::default();
+        record_everything(&metrics.clone());
+        let samples = parse(&metrics.encode(Some(&disk_stats())));
         for (series, value) in [
             (
                 "pinrange_requests_total{verdict=\"partial\",tier=\"disk\"}",

@@ -35,7 +35,7 @@ use traces::{Random, TRACES};
 fn ratios(trace: &str, capacity: u64) -> HashMap<&'static str, (f64, f64)> {
     let trace = TRACES.iter().find(|known| known.name == trace).unwrap();
     let reads = (trace.make)(capacity);
-    let of = |make: fn(u64) -> Box<dyn sim::Cache>| {
+    let of = |make: sim::Make| {
         let mut cache = make(capacity);
         let mut counts = [[0_u32; 2]; 2];
         for (at, read) in reads.iter().enumerate() {

@@ -23,8 +23,11 @@ pub(crate) trait Cache {
     fn read(&mut self, name: Name, chunk: u64) -> bool;
 }
 
+/// Makes a cache of so many bytes.
+pub(crate) type Make = fn(u64) -> Box<dyn Cache>;
+
 /// The policies, the tier's last.
-pub(crate) const POLICIES: [(&str, fn(u64) -> Box<dyn Cache>); 5] = [
+pub(crate) const POLICIES: [(&str, Make); 5] = [
     ("FIFO", |capacity| Box::new(Ordered::new(capacity, false))),
     ("LRU", |capacity| Box::new(Ordered::new(capacity, true))),
     ("W-TinyLFU", |capacity| Box::new(TinyLfu::new(capacity))),
@@ -171,7 +174,7 @@ impl Pinrange {
 
 impl Cache for Pinrange {
     fn read(&mut self, name: Name, chunk: u64) -> bool {
-        let hit = self.chunks(name) >> chunk & 1 == 1;
+        let hit = (self.chunks(name) >> chunk) & 1 == 1;
         if !hit {
             self.make_room(CHUNK);
             // The chunk is on its way.
@@ -322,7 +325,7 @@ impl Cache for TinyLfu {
 }
 
 fn add(chunks: &mut u64, chunk: u64) -> bool {
-    let hit = *chunks >> chunk & 1 == 1;
+    let hit = (*chunks >> chunk) & 1 == 1;
     *chunks |= 1 << chunk;
     hit
 }

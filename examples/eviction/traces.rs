@@ -110,7 +110,9 @@ impl Zipf {
                 sum
             })
             .collect();
-        bounds.iter_mut().for_each(|bound| *bound /= sum);
+        for bound in &mut bounds {
+            *bound /= sum;
+        }
         Self(bounds)
     }
 
@@ -169,7 +171,7 @@ fn run(
         let mut chunks: Vec<u64> = (download.at..end).collect();
         random.shuffle(&mut chunks);
         trace.extend(chunks.into_iter().map(|chunk| Read {
-            name: download.object << 16 | chunk / CHUNKS,
+            name: (download.object << 16) | (chunk / CHUNKS),
             chunk: chunk % CHUNKS,
             scan: download.scan,
         }));
@@ -238,7 +240,7 @@ fn looped(capacity: u64, tenths: u64) -> Vec<Read> {
 fn fleet(capacity: u64) -> Vec<Read> {
     const KINDS: u32 = 12;
     let segments = (capacity / SEGMENT / 20).max(1);
-    let object = |kind: u64, revision: u64| 1 << 32 | kind << 20 | revision;
+    let object = |kind: u64, revision: u64| (1 << 32) | (kind << 20) | revision;
     let popular = Zipf::new(KINDS, 0.7);
     let mut newest = [0_u64; KINDS as usize];
     let mut backup = VecDeque::new();

@@ -362,16 +362,19 @@ async fn scan(tier: &DiskTier, names: std::ops::Range<u32>) {
 }
 
 /// What the catalog says stands in main.
-fn main_bytes(dir: &Path) -> i64 {
+fn main_bytes(dir: &Path) -> u64 {
     let catalog = Connection::open(dir.join("catalog.sqlite")).unwrap();
     let sum = "SELECT coalesce(sum(bytes), 0) FROM segments WHERE queue = 1";
-    catalog.query_row(sum, [], |row| row.get(0)).unwrap()
+    let sum: i64 = catalog.query_row(sum, [], |row| row.get(0)).unwrap();
+    u64::try_from(sum).unwrap()
 }
 
 #[tokio::test]
 async fn what_is_read_again_outlives_a_scan_of_many_times_the_capacity() {
     let dir = tempfile::tempdir().unwrap();
     let tier = open(dir.path());
+    // From here on what is new begins in the small queue.
+    scan(&tier, 100..117).await;
     let hot = put(&tier, "hot", 4 * SEGMENT).await;
     let once = put(&tier, "once", 4 * SEGMENT).await;
     for _ in 0..3 {
@@ -391,12 +394,12 @@ async fn what_is_read_again_outlives_a_scan_of_many_times_the_capacity() {
         .sum();
     assert_eq!(on_disk, stats.used_bytes);
     assert_eq!(stats.small_bytes + stats.main_bytes, stats.used_bytes);
-    assert_eq!(main_bytes(dir.path()), stats.main_bytes as i64);
+    assert_eq!(main_bytes(dir.path()), stats.main_bytes);
     assert_eq!(
         stats.evicted_small_bytes + stats.evicted_main_bytes,
         stats.evictions * SEGMENT
     );
-    assert_eq!(68 * SEGMENT - stats.used_bytes, stats.evictions * SEGMENT);
+    assert_eq!(85 * SEGMENT - stats.used_bytes, stats.evictions * SEGMENT);
 }
 
 /// A downloader in small chunks, some of which it asks for at once, is one visit.

@@ -697,7 +697,7 @@ impl Shared {
                     break;
                 };
                 match queues.next(queue)? {
-                    Some(row) => freed += self.judge(&mut round, began, queue, row, &mut plan),
+                    Some(row) => freed += self.judge(&mut round, began, queue, &row, &mut plan),
                     None if settled && plan.len() == 0 => round.pass_over(queue),
                     None => break,
                 }
@@ -730,7 +730,7 @@ impl Shared {
         round: &mut Round,
         began: u64,
         queue: policy::Queue,
-        row: Candidate,
+        row: &Candidate,
         plan: &mut Eviction,
     ) -> u64 {
         let held = self.revisions.lock().by_name.get(&row.revision).cloned();
