@@ -60,17 +60,21 @@ pub const DEFAULT_MAX_CONNECTIONS: usize = 10_000;
 /// connections that trickle a head to hold a slot.
 pub const DEFAULT_HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What nginx takes in all (4 × 8 KiB): room for a long `If-Match` list and a proxy's cookies, and at most 320 MiB if
-/// all of [`DEFAULT_MAX_CONNECTIONS`] fill it.
-pub const DEFAULT_HEADER_MAX_BYTES: usize = 32 << 10;
+/// As much as `HAProxy` takes: room for a long `If-Match` list and a proxy's cookies. With what else a connection
+/// costs it stays below 32 KiB even where somebody fills it.
+pub const DEFAULT_HEADER_MAX_BYTES: usize = 16 << 10;
 
 /// Longer than the 60 s after which the usual load balancers drop an idle connection, so that the
 /// balancer closes first and never sends a request into our close.
 pub const DEFAULT_IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// A client that has taken no byte for a minute is gone or stalled, as nginx's `send_timeout` judges
-/// it. Any progress starts the minute anew, so slow clients are safe.
+/// it.
 pub const DEFAULT_PROGRESS_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Bytes a second. Sixteen connections over a GPRS link get twice as much each; below it 100 MB would take more than
+/// a day.
+pub const DEFAULT_MIN_RATE: u64 = KIB;
 
 /// Where the file system hierarchy puts state that outlives a restart.
 pub const DEFAULT_CACHE_DIR: &str = "/var/lib/pinrange";
@@ -114,9 +118,9 @@ pub const DEFAULT_FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A stream at 90 MB/s that is silent for ten seconds has lost its connection.
 pub const DEFAULT_STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The first attempt and three more: enough for the odd 503 `SlowDown`; more would add to the load S3 is
-/// asking us to take off.
-pub const DEFAULT_RETRIES: u32 = 3;
+/// Eight more after the first: where S3 fails three requests of ten, one in fifty thousand is not mended. What an
+/// overloaded S3 is spared is decided by the replica's budget of retries (ADR 10), not by this.
+pub const DEFAULT_RETRIES: u32 = 8;
 
 /// What the command line may override. See `pinrange serve --help`.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -215,7 +219,7 @@ pub struct ServerConfig {
     /// Threads of the runtime; `None`: one per core.
     #[serde(serialize_with = "auto")]
     pub worker_threads: Option<NonZeroUsize>,
-    /// Connections of the data listener; more wait in the listen queue.
+    /// Connections of the data listener; more wait in the listen queue while idle ones are closed for them.
     /// See [`ServerConfig::connections_within`].
     pub max_connections: usize,
     /// How long a client may take over a request head.
@@ -227,9 +231,12 @@ pub struct ServerConfig {
     /// How long a connection may wait for its next request.
     #[serde(serialize_with = "duration")]
     pub idle_timeout: Duration,
-    /// How long a client may take no byte of a response before it is cut.
+    /// How far a client may be behind `min_rate`, and so how long it may take no byte, before it is cut.
     #[serde(serialize_with = "duration")]
     pub progress_timeout: Duration,
+    /// Bytes a second that a client has to take of a response; 0: any byte is enough.
+    #[serde(serialize_with = "size")]
+    pub min_rate: u64,
 }
 
 impl Default for ServerConfig {
@@ -246,6 +253,7 @@ impl Default for ServerConfig {
             header_max_bytes: DEFAULT_HEADER_MAX_BYTES,
             idle_timeout: DEFAULT_IDLE_TIMEOUT,
             progress_timeout: DEFAULT_PROGRESS_TIMEOUT,
+            min_rate: DEFAULT_MIN_RATE,
         }
     }
 }

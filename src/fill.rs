@@ -20,7 +20,7 @@
 //!           budget, room          head checked              last byte
 //!   Asked ───────────────▶ GET ───────────────▶ Answered ───────────────▶ Done
 //!     │                     │  ▲                    │
-//!     │                     │  └── reset: If-Match from the cursor on, within the retries
+//!     │                     │  └── broken: If-Match from the cursor on ([`crate::origin`])
 //!     └─────────────────────┴───────────────────────┴──────────────▶ Failed
 //! ```
 //!
@@ -39,8 +39,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, Bytes};
-use futures::{FutureExt, StreamExt};
+use futures::FutureExt;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -52,8 +51,9 @@ use crate::disk::{
     WriterView,
 };
 use crate::object::{Representation, Revision};
+use crate::origin::{Origin, Origins};
 use crate::remote::{Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TRACEPARENT};
-use crate::semantics::{ByteRange, RangeSpec};
+use crate::semantics::ByteRange;
 use crate::telemetry::Metrics;
 
 /// How fills behave.
@@ -79,6 +79,11 @@ pub struct FillSource {
 }
 
 impl FillSource {
+    /// The way there.
+    pub fn origin(&self, origins: &Arc<Origins>) -> Origin {
+        origins.origin(&self.remote, self.retries)
+    }
+
     /// The guard for a read of this revision: `If-Match` always, the version where it is known.
     pub fn guard(&self) -> Guard {
         Guard {
@@ -202,6 +207,11 @@ impl Follow {
         Duration::from_micros(self.flight.queued.load(Ordering::Relaxed))
     }
 
+    /// Whether the remote has said something: [`Follow::answered`] returns at once.
+    pub fn has_answer(&self) -> bool {
+        !matches!(*self.phase.borrow(), Phase::Asked)
+    }
+
     /// Waits for the remote's guarded answer, which a flight that is done has had as well. Cancel safe.
     pub async fn answered(&mut self) -> Result<Answered, FillError> {
         let phase = self
@@ -246,6 +256,7 @@ pub struct Filler {
     disk: Arc<DiskTier>,
     settings: FillSettings,
     metrics: Metrics,
+    origins: Arc<Origins>,
     /// The interval maps. Taken on the cold path only, never across an await.
     revisions: Mutex<HashMap<Revision, Flights>>,
     /// Counts calls of [`Filler::forget`]; changed under the lock of `revisions`.
@@ -263,12 +274,18 @@ impl Filler {
             disk,
             budget: Semaphore::new(permits.clamp(1, Semaphore::MAX_PERMITS)),
             settings,
+            origins: Origins::new(metrics.clone()),
             metrics,
             revisions: Mutex::default(),
             era: AtomicU64::new(0),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         })
+    }
+
+    /// The ways to all remotes of the replica.
+    pub fn origins(&self) -> &Arc<Origins> {
+        &self.origins
     }
 
     fn block(&self) -> NonZeroU64 {
@@ -564,51 +581,28 @@ impl Task {
         self.flight.queued.store(queued, Ordering::Relaxed);
         let reservation = self.filler.disk.reserve(length).await.map_err(disk)?;
 
-        let mut retries = Retries::new(self.source.retries);
-        let mut guard = self.source.guard();
-        let mut first = first;
-        let (mut answered, mut writer, mut read) = loop {
-            let read = match first.take() {
-                Some(read) => Ok(read),
-                None => self.read(&guard, span).await,
-            };
-            match read {
-                Ok(read) => {
-                    let (answered, writer) = self.admit(&read.representation, reservation).await?;
-                    break (answered, writer, read);
-                }
-                Err(error) => retries.again(self, error).await?,
-            }
+        let origin = self.source.origin(&self.filler.origins);
+        let guard = self.source.guard();
+        let wanted = || !self.filler.withdraw(&self.source.revision, &self.flight);
+        let mut download = match first {
+            Some(read) => origin.adopt(guard, read, span.start, span.end),
+            None => origin
+                .download(guard, span.start, span.end, &wanted)
+                .await
+                .map_err(FillError::Remote)?,
         };
-        guard.version_id.clone_from(&read.representation.version_id);
-        guard.size = Some(read.representation.size);
-        let end = span.end.min(read.representation.size);
-
-        loop {
-            let begun = answered.view.cursor();
-            let Some(mut error) = self
-                .copy(&mut read, &mut writer, &mut answered, end)
-                .await?
-            else {
-                return Ok(answered);
-            };
-            // Patience is for standing still: a connection that brought a block was worth its attempt.
-            if answered.view.cursor() - begun >= self.filler.block().get() {
-                retries = Retries::new(self.source.retries);
-            }
-            // Resumed at the exact offset, under the same If-Match, inside the same responses.
-            read = loop {
-                retries.again(self, error).await?;
-                let rest = Span {
-                    start: answered.view.cursor(),
-                    end,
-                };
-                match self.read(&guard, rest).await {
-                    Ok(read) => break read,
-                    Err(again) => error = again,
-                }
-            };
+        let representation = download.representation();
+        let end = span.end.min(representation.size);
+        let (answered, mut writer) = self.admit(representation, reservation).await?;
+        while answered.view.cursor() < end {
+            let frames = download
+                .frames(FRAMES_AT_ONCE, &wanted)
+                .await
+                .map_err(FillError::Remote)?;
+            writer.write(frames).await.map_err(disk)?;
+            self.flight.phase.send_modify(|_cursor_moved| {});
         }
+        Ok(answered)
     }
 
     /// Returns once nobody follows the flight, and nobody can any more.
@@ -619,19 +613,6 @@ impl Task {
                 return;
             }
         }
-    }
-
-    async fn read(&self, guard: &Guard, span: Span) -> Result<RemoteRead, RemoteError> {
-        let want = RangeSpec::Closed {
-            first: span.start,
-            last: span.end - 1,
-        };
-        timed_read(
-            &self.filler.metrics,
-            "read",
-            self.source.remote.read(guard, want),
-        )
-        .await
     }
 
     /// Registers the revision under the validator that came with these bytes (P2) and opens a writer.
@@ -677,61 +658,6 @@ impl Task {
             .send_replace(Phase::Answered(answered.clone()));
         Ok((answered, writer))
     }
-
-    /// Body to disk until the end (`None`) or until the body breaks (why).
-    async fn copy(
-        &self,
-        read: &mut RemoteRead,
-        writer: &mut BlockWriter,
-        answered: &mut Answered,
-        end: u64,
-    ) -> Result<Option<RemoteError>, FillError> {
-        // Only a suffix read begins before the cursor.
-        let mut skip = read.range.map_or(0, |range| {
-            answered.view.cursor().saturating_sub(range.start())
-        });
-        let mut body = (&mut read.body).ready_chunks(FRAMES_AT_ONCE);
-        while answered.view.cursor() < end {
-            let Some(frames) = body.next().await else {
-                return Ok(Some(RemoteError::new(
-                    RemoteErrorKind::Unavailable,
-                    "read",
-                    "the body ended before its range did",
-                )));
-            };
-            let mut broken = None;
-            let mut chunks: Vec<Bytes> = Vec::with_capacity(frames.len());
-            let mut received = 0;
-            for frame in frames {
-                match frame {
-                    Ok(mut bytes) => {
-                        received += bytes.len() as u64;
-                        let drop_now = skip.min(bytes.len() as u64);
-                        bytes.advance(
-                            usize::try_from(drop_now).expect("at most the frame's length"),
-                        );
-                        skip -= drop_now;
-                        if !bytes.is_empty() {
-                            chunks.push(bytes);
-                        }
-                    }
-                    Err(error) => {
-                        broken = Some(error);
-                        break;
-                    }
-                }
-            }
-            self.filler.metrics.remote_bytes(received);
-            if !chunks.is_empty() {
-                writer.write(chunks).await.map_err(disk)?;
-                self.flight.phase.send_modify(|_cursor_moved| {});
-            }
-            if broken.is_some() {
-                return Ok(broken);
-            }
-        }
-        Ok(None)
-    }
 }
 
 /// Frames that are ready at once go to the disk in one write: a hop to the blocking pool costs more
@@ -740,79 +666,4 @@ const FRAMES_AT_ONCE: usize = 16;
 
 fn disk(error: DiskError) -> FillError {
     FillError::Disk(Arc::new(error))
-}
-
-/// Counts and times one call of a remote.
-pub async fn timed_read<T>(
-    metrics: &Metrics,
-    op: &'static str,
-    call: impl Future<Output = Result<T, RemoteError>>,
-) -> Result<T, RemoteError> {
-    let started = Instant::now();
-    let result = call.await;
-    let label = result
-        .as_ref()
-        .map_or_else(|error| error.kind.label(), |_| "ok");
-    metrics.remote_request(op, label, started.elapsed());
-    result
-}
-
-/// What is left of a flight's patience.
-pub struct Retries {
-    left: u32,
-    pause: Duration,
-}
-
-impl Retries {
-    /// `left` more attempts.
-    pub fn new(left: u32) -> Self {
-        Self {
-            left,
-            pause: FIRST_PAUSE,
-        }
-    }
-
-    /// Waits before the next attempt, or says that there is none: the error cannot be mended by a
-    /// retry or the attempts are used up. Cancel safe.
-    pub async fn pause(&mut self, error: RemoteError) -> Result<(), RemoteError> {
-        if !error.kind.is_retryable() || self.left == 0 {
-            return Err(error);
-        }
-        self.left -= 1;
-        let asked_for = match error.kind {
-            RemoteErrorKind::Throttled { retry_after } => retry_after.unwrap_or_default(),
-            _ => Duration::ZERO,
-        };
-        tracing::debug!(
-            error = &error as &dyn std::error::Error,
-            left = self.left,
-            "trying again"
-        );
-        // An S3 that asks for more than this gets its peace: the client is told to come back.
-        if asked_for > LONGEST_PAUSE {
-            return Err(error);
-        }
-        tokio::time::sleep(jittered(self.pause).max(asked_for)).await;
-        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-        Ok(())
-    }
-
-    async fn again(&mut self, task: &Task, error: RemoteError) -> Result<(), FillError> {
-        if task.filler.withdraw(&task.source.revision, &task.flight) {
-            return Err(FillError::Remote(error));
-        }
-        self.pause(error).await.map_err(FillError::Remote)
-    }
-}
-
-/// S3's own advice begins retries at some tens of milliseconds; a reset costs the client one first byte more.
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-/// Beyond a second a client is better served by 503 and its own clock.
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-
-/// Between half and the whole of `pause`, so that the flights an outage cut do not return in step.
-fn jittered(pause: Duration) -> Duration {
-    use std::hash::{BuildHasher, RandomState};
-    let random = RandomState::new().hash_one(0_u8).to_le_bytes()[0];
-    pause / 2 + (pause / 2).mul_f64(f64::from(random) / 255.0)
 }

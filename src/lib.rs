@@ -10,7 +10,7 @@
 //! asked, no payload byte is copied.
 //!
 //! **The cold path.** What coverage lacks is joined in [`fill`]: one guarded GET of at most a part per missing stretch,
-//! shared by all who want it, through [`remote`]. Its bytes go into the sparse segment file first; every response,
+//! shared by all who want it, through [`origin`], which mends what asking again can mend, and [`remote`]. Its bytes go into the sparse segment file first; every response,
 //! the first one too, sends behind the write cursor. The status line waits for the first byte. So there is one data path:
 //! S3 → pwrite → page cache → sendfile.
 //!
@@ -25,6 +25,7 @@
 //!  config     flags, environment, file, checked once
 //!  tiers      disk, then remote; labels; the reader of one response
 //!  fill       one interval map of flights per revision
+//!  origin     retries, hedges, stalls, resumes: patience with the remote
 //!  mount · payload · telemetry · strict_s3
 //!  disk · remote
 //!  object     keys, validators, revisions
@@ -37,6 +38,7 @@ pub mod disk;
 pub mod fill;
 pub mod mount;
 pub mod object;
+pub mod origin;
 pub mod payload;
 pub mod remote;
 pub mod semantics;

@@ -9,6 +9,7 @@
 //! makes them visible as 0 before the first event, so that `rate()` sees it. Any other label goes
 //! through its family's map and works as well.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::hash::Hash;
 use std::io::IsTerminal;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::encoding::{
     EncodeLabelSet, EncodeMetric, LabelSetEncoder, MetricEncoder, NoLabelSet,
@@ -26,6 +28,7 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Registry, Unit};
 use serde::Serialize;
+use tokio::time::Instant;
 use tracing_subscriber::EnvFilter;
 
 use crate::disk::DiskStats;
@@ -134,12 +137,15 @@ struct Inner {
     remote_requests: Children<RemoteLabels, Counter>,
     remote_ttfb: Children<OpLabel, Histogram>,
     remote_received: Counter,
+    patience: Patience,
     fills_started: Counter,
     fills_finished: Family<OutcomeLabel, Counter>,
     fills: Gauge,
     followers: Gauge,
     open_responses: Gauge,
     connections: Gauge,
+    connections_displaced: Counter,
+    accept_failures: Counter,
     aborted: Family<ReasonLabel, Counter>,
 }
 
@@ -171,8 +177,9 @@ impl Metrics {
         self.0.sent.with([tier], |counter| counter.inc_by(bytes));
     }
 
-    /// One S3 request: `op` is stat, read or `read_current`; `result` is ok or a `RemoteErrorKind` label;
-    /// `ttfb` is the time to the response's head, or to the failure.
+    /// One S3 request: `op` is stat, read or `read_current`; `result` is ok, a `RemoteErrorKind` label, or
+    /// `called_off` where another request for the same was answered first; `ttfb` is the time to the response's head, to the
+    /// failure, or until it was called off.
     pub fn remote_request(&self, op: &'static str, result: &'static str, ttfb: Duration) {
         self.0.remote_requests.with([op, result], Counter::inc);
         self.0
@@ -183,6 +190,49 @@ impl Metrics {
     /// Body bytes received from S3.
     pub fn remote_bytes(&self, bytes: u64) {
         self.0.remote_received.inc_by(bytes);
+    }
+
+    /// A second GET was sent because the head of the first was late.
+    pub fn hedge_sent(&self) {
+        self.0.patience.hedges_sent.inc();
+    }
+
+    /// The second GET was answered before the first.
+    pub fn hedge_won(&self) {
+        self.0.patience.hedges_won.inc();
+    }
+
+    /// A body of S3 was given up because it was slower than others.
+    pub fn stall(&self) {
+        self.0.patience.stalls.inc();
+    }
+
+    /// A body of S3 was resumed by another request. `reason`: stall, short or a `RemoteErrorKind` label.
+    pub fn resumed(&self, reason: &'static str) {
+        self.0
+            .patience
+            .resumes
+            .get_or_create(&ReasonLabel([reason]))
+            .inc();
+    }
+
+    /// A retry was not made because the replica's budget is used up.
+    pub fn retry_refused(&self) {
+        self.0.patience.retries_refused.inc();
+    }
+
+    /// A request was not sent because its store asked to be left alone.
+    pub fn remote_spared(&self) {
+        self.0.patience.spared.inc();
+    }
+
+    /// This store asked to be left alone until then. It is no label: only how many do so is shown.
+    pub fn remote_silent(&self, store: &Arc<str>, until: Instant) {
+        self.0
+            .patience
+            .silent
+            .lock()
+            .insert(Arc::clone(store), until);
     }
 
     /// A fill began (gauge up).
@@ -215,6 +265,16 @@ impl Metrics {
         self.0.connections.inc_by(delta);
     }
 
+    /// Connections of the data listener that owed us a request and were closed to make room.
+    pub fn connections_displaced(&self, count: u64) {
+        self.0.connections_displaced.inc_by(count);
+    }
+
+    /// A connection could not be accepted for want of descriptors or memory; it is tried again.
+    pub fn accept_failed(&self) {
+        self.0.accept_failures.inc();
+    }
+
     /// A body that was cut after its head.
     pub fn aborted(&self, reason: &'static str) {
         self.0.aborted.get_or_create(&ReasonLabel([reason])).inc();
@@ -226,6 +286,7 @@ impl Metrics {
     pub fn encode(&self, disk: Option<&DiskStats>) -> String {
         let mut text = String::new();
         encode_registry(&mut text, &self.0.registry)
+            .and_then(|()| encode_registry(&mut text, &self.silence_registry()))
             .and_then(|()| match disk {
                 Some(stats) => encode_registry(&mut text, &disk_registry(stats)),
                 None => Ok(()),
@@ -233,6 +294,19 @@ impl Metrics {
             .and_then(|()| encode_eof(&mut text))
             .expect("writing to a String cannot fail");
         text
+    }
+
+    fn silence_registry(&self) -> Registry {
+        let now = Instant::now();
+        let silent = self.0.patience.silent.lock();
+        let silent = silent.values().filter(|until| **until > now).count();
+        let mut registry = Registry::with_prefix("pinrange");
+        registry.register(
+            "remotes_silent",
+            "Stores (endpoint and bucket) that asked by Retry-After to be left alone for now",
+            ConstGauge::new(silent as u64),
+        );
+        registry
     }
 }
 
@@ -253,12 +327,15 @@ impl Default for Inner {
             remote_requests: Children::new(&REMOTE_REQUESTS),
             remote_ttfb: Children::new(&REMOTE_OPS),
             remote_received: Counter::default(),
+            patience: Patience::default(),
             fills_started: Counter::default(),
             fills_finished: Family::default(),
             fills: Gauge::default(),
             followers: Gauge::default(),
             open_responses: Gauge::default(),
             connections: Gauge::default(),
+            connections_displaced: Counter::default(),
+            accept_failures: Counter::default(),
             aborted: Family::default(),
         };
         inner.registered()
@@ -313,6 +390,16 @@ impl Inner {
             self.connections.clone(),
         );
         registry.register(
+            "connections_displaced",
+            "Idle connections that were closed to make room for others",
+            self.connections_displaced.clone(),
+        );
+        registry.register(
+            "accept_failures",
+            "Connections that could not be accepted at once, for want of descriptors or memory",
+            self.accept_failures.clone(),
+        );
+        registry.register(
             "remote_requests",
             "Requests to S3 by operation and result",
             self.remote_requests.family.clone(),
@@ -329,6 +416,7 @@ impl Inner {
             Unit::Bytes,
             self.remote_received.clone(),
         );
+        self.patience.register(registry);
         registry.register("fills", "Fills under way", self.fills.clone());
         registry.register("fills_started", "Fills begun", self.fills_started.clone());
         registry.register(
@@ -342,6 +430,54 @@ impl Inner {
             self.followers.clone(),
         );
         self
+    }
+}
+
+/// What became of requests to S3 that were late, broken or not wanted there.
+#[derive(Default)]
+struct Patience {
+    hedges_sent: Counter,
+    hedges_won: Counter,
+    stalls: Counter,
+    resumes: Family<ReasonLabel, Counter>,
+    retries_refused: Counter,
+    spared: Counter,
+    /// Until when which store asked to be left alone: as many as the configuration names.
+    silent: Mutex<BTreeMap<Arc<str>, Instant>>,
+}
+
+impl Patience {
+    fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "remote_hedges_sent",
+            "Second GETs, sent because the head of the first was late",
+            self.hedges_sent.clone(),
+        );
+        registry.register(
+            "remote_hedges_won",
+            "Second GETs that were answered before the first",
+            self.hedges_won.clone(),
+        );
+        registry.register(
+            "remote_stalls",
+            "Bodies of S3 that were given up because they were slower than others",
+            self.stalls.clone(),
+        );
+        registry.register(
+            "remote_resumes",
+            "Bodies of S3 that were resumed at their offset by another GET, by what broke them",
+            self.resumes.clone(),
+        );
+        registry.register(
+            "remote_retries_refused",
+            "Retries that were not made because the budget of the replica is used up",
+            self.retries_refused.clone(),
+        );
+        registry.register(
+            "remote_spared",
+            "Requests that were not sent to S3 because it asked by Retry-After to be left alone",
+            self.spared.clone(),
+        );
     }
 }
 
@@ -390,6 +526,32 @@ fn disk_registry(stats: &DiskStats) -> Registry {
         "quarantines",
         "Segments dropped because their file was gone, short or corrupt, or could not be synced",
         ConstCounter::new(stats.quarantines),
+    );
+    registry.register(
+        "swept_files",
+        "Segment files removed because no row named them: an earlier run left them over",
+        ConstCounter::new(stats.swept.files),
+    );
+    registry.register_with_unit(
+        "swept",
+        "Bytes that the swept files took",
+        Unit::Bytes,
+        ConstCounter::new(stats.swept.bytes),
+    );
+    registry.register(
+        "swept_rows",
+        "Segments taken out of the catalog because an earlier run lost their file",
+        ConstCounter::new(stats.swept.rows),
+    );
+    registry.register(
+        "swept_revisions",
+        "Revisions taken out of the catalog because an earlier run left no byte of them",
+        ConstCounter::new(stats.swept.revisions),
+    );
+    registry.register(
+        "sweeping",
+        "1 while what an earlier run left over is being looked for",
+        ConstGauge::new(u64::from(stats.sweeping)),
     );
     registry.register(
         "open_files",
@@ -529,9 +691,10 @@ impl EncodeMetric for Histogram {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeSet;
 
     use super::*;
+    use crate::disk::Swept;
 
     /// The samples of an exposition, by series, after checking its form: each family announced by HELP and TYPE once,
     /// its samples right behind them, no series twice, `# EOF` at the end.
@@ -616,11 +779,19 @@ mod tests {
             quarantines: 6,
             open_files: 7,
             revisions_in_memory: 5,
+            swept: Swept {
+                files: 8,
+                bytes: 9,
+                rows: 11,
+                revisions: 12,
+            },
+            sweeping: true,
             degraded: true,
         }
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "most of them are a table")]
     fn what_is_recorded_can_be_scraped() {
         let metrics = Metrics::default();
         record_everything(&metrics.clone());
@@ -694,6 +865,11 @@ mod tests {
             ("pinrange_disk_ghost_hits_total", "12"),
             ("pinrange_disk_quarantines_total", "6"),
             ("pinrange_disk_open_files", "7"),
+            ("pinrange_disk_swept_files_total", "8"),
+            ("pinrange_disk_swept_bytes_total", "9"),
+            ("pinrange_disk_swept_rows_total", "11"),
+            ("pinrange_disk_swept_revisions_total", "12"),
+            ("pinrange_disk_sweeping", "1"),
             ("pinrange_disk_revisions", "5"),
             ("pinrange_disk_degraded", "1"),
             (
@@ -710,6 +886,34 @@ mod tests {
                 Some(value),
                 "{series} in {samples:#?}"
             );
+        }
+    }
+
+    #[test]
+    fn patience_with_the_remote_can_be_scraped() {
+        let metrics = Metrics::default();
+        metrics.hedge_sent();
+        metrics.hedge_won();
+        metrics.stall();
+        metrics.resumed("stall");
+        metrics.retry_refused();
+        metrics.remote_spared();
+        let (now, minute) = (Instant::now(), Duration::from_mins(1));
+        metrics.remote_silent(&"secret-bucket".into(), now + minute);
+        metrics.remote_silent(&"other".into(), now);
+        let text = metrics.encode(None);
+        assert!(!text.contains("secret-bucket"));
+        let samples = parse(&text);
+        for series in [
+            "pinrange_remote_hedges_sent_total",
+            "pinrange_remote_hedges_won_total",
+            "pinrange_remote_stalls_total",
+            "pinrange_remote_resumes_total{reason=\"stall\"}",
+            "pinrange_remote_retries_refused_total",
+            "pinrange_remote_spared_total",
+            "pinrange_remotes_silent",
+        ] {
+            assert_eq!(samples[series], "1", "{series}");
         }
     }
 

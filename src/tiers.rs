@@ -34,15 +34,15 @@ use std::time::{Duration, Instant};
 use tracing::Instrument;
 
 use crate::disk::{DiskError, DiskTier, HeldRevision, Lookup, PurgeTarget, Purged};
-use crate::fill::{FillError, FillSource, Filler, Follow, Retries, Span, timed_read};
+use crate::fill::{FillError, FillSource, Filler, Follow, Span};
 use crate::mount::{ForbiddenAs, Mount};
 use crate::object::{ObjectKey, Representation, Revision, Validator};
-use crate::remote::{Remote, RemoteError, RemoteErrorKind};
+use crate::origin::Origin;
+use crate::remote::{RemoteError, RemoteErrorKind};
 use crate::semantics::precondition::Method;
 use crate::semantics::{
     ByteRange, EntityTag, EntityTagList, RangeSpec, RequestHead, Verdict, evaluate,
 };
-use crate::telemetry::Metrics;
 
 use current::Keys;
 pub use reader::Reader;
@@ -272,7 +272,6 @@ pub struct Tiers {
     disk: Arc<DiskTier>,
     filler: Arc<Filler>,
     settings: TierSettings,
-    metrics: Metrics,
     keys: Keys,
 }
 
@@ -301,10 +300,6 @@ impl Target<'_> {
             validator: representation.validator.clone(),
         }
     }
-
-    fn remote(&self) -> &dyn Remote {
-        &*self.get.mount.remote
-    }
 }
 
 /// The most of the remote's `Retry-After` that is passed on: a typing error there is not to send clients away for years.
@@ -315,17 +310,11 @@ const RELABELS: usize = 5;
 
 impl Tiers {
     /// Tiers over these parts.
-    pub fn new(
-        disk: Arc<DiskTier>,
-        filler: Arc<Filler>,
-        settings: TierSettings,
-        metrics: Metrics,
-    ) -> Arc<Self> {
+    pub fn new(disk: Arc<DiskTier>, filler: Arc<Filler>, settings: TierSettings) -> Arc<Self> {
         Arc::new(Self {
             disk,
             filler,
             settings,
-            metrics,
             keys: Keys::default(),
         })
     }
@@ -480,14 +469,11 @@ impl Tiers {
             }
             .guard();
             let want = RangeSpec::Closed { first: 0, last: 0 };
-            let read = self
-                .retrying(target, "read", || target.remote().read(&guard, want))
-                .await?;
+            let read = self.origin(target).read(&guard, want).await?;
             return Ok(read.representation);
         }
         let key = target.key.key();
-        self.retrying(target, "stat", || target.remote().stat(key, Some(pin)))
-            .await
+        Ok(self.origin(target).stat(key, Some(pin)).await?)
     }
 
     /// The first read of a revision of which nothing is known but its validator. It is a fill like any
@@ -520,10 +506,7 @@ impl Tiers {
                 }
                 let era = self.filler.era();
                 trace.own = true;
-                match self
-                    .retrying(target, "read", || target.remote().read(&guard, want))
-                    .await
-                {
+                match self.origin(target).read(&guard, want).await {
                     Ok(read) => {
                         let known = Arc::new(read.representation.clone());
                         let source = FillSource {
@@ -537,8 +520,7 @@ impl Tiers {
                         };
                         return Ok((known, held.map(|answered| answered.held)));
                     }
-                    Err(OpenError::Remote(error)) => Err(FillError::Remote(error)),
-                    Err(error) => return Err(error),
+                    Err(error) => Err(FillError::Remote(error)),
                 }
             }
         };
@@ -626,13 +608,7 @@ impl Tiers {
                 representation.validator.clone(),
                 Some(Arc::clone(&representation)),
             );
-            let mut reader = Reader::new(
-                Arc::clone(&self.filler),
-                self.settings,
-                self.metrics.clone(),
-                source,
-                held,
-            );
+            let mut reader = Reader::new(Arc::clone(&self.filler), self.settings, source, held);
             let hold_back = tracing::debug_span!("hold_back");
             reader
                 .prepare(&ranges, &mut trace)
@@ -691,23 +667,10 @@ impl Tiers {
         }
     }
 
-    /// A call of the remote, counted, timed and tried again as the mount allows.
-    async fn retrying<T, F>(
-        &self,
-        target: &Target<'_>,
-        op: &'static str,
-        mut call: impl FnMut() -> F,
-    ) -> Result<T, OpenError>
-    where
-        F: Future<Output = Result<T, RemoteError>>,
-    {
-        let mut retries = Retries::new(target.get.mount.retries);
-        loop {
-            match timed_read(&self.metrics, op, call()).await {
-                Ok(value) => return Ok(value),
-                Err(error) => retries.pause(error).await?,
-            }
-        }
+    /// The way to the target's remote.
+    fn origin(&self, target: &Target<'_>) -> Origin {
+        let mount = target.get.mount;
+        self.filler.origins().origin(&mount.remote, mount.retries)
     }
 
     /// What the client is told, and what we learn from it.

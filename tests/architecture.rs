@@ -14,6 +14,7 @@ const LAYERS: &[&[&str]] = &[
     // Beside each other, and blind to each other.
     &["disk", "remote"],
     &["payload", "telemetry", "mount", "strict_s3"],
+    &["origin"],
     &["fill"],
     &["tiers"],
     &["config"],

@@ -59,7 +59,7 @@ fn unknown_keys_are_named_with_line_and_column() {
             "[server]\nlissten = \"127.0.0.1:1\"\n",
             "pinrange.toml:5:1: unknown key `lissten`, expected one of `listen`, `admin`, \
              `drain_timeout`, `drain_grace`, `log_format`, `worker_threads`, `max_connections`, `header_timeout`, \
-             `header_max_bytes`, `idle_timeout`, `progress_timeout`; correct its name or remove it",
+             `header_max_bytes`, `idle_timeout`, `progress_timeout`, `min_rate`; correct its name or remove it",
         ),
         (
             "[sever]\n",

@@ -10,6 +10,7 @@ use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -124,9 +125,14 @@ struct Files {
     gate: watch::Receiver<bool>,
     ends: mpsc::UnboundedSender<BodyEnd>,
     queues: mpsc::UnboundedSender<SendQueue>,
+    accept_failures: Arc<AtomicUsize>,
 }
 
 impl Handler for Files {
+    fn accept_failed(&self) {
+        self.accept_failures.fetch_add(1, Ordering::Relaxed);
+    }
+
     async fn handle(&self, request: Request<Incoming>, conn: &ConnInfo) -> Response<ResponseBody> {
         let _ = self.queues.send(conn.queue.clone());
         let path = request.uri().path();
@@ -199,6 +205,7 @@ struct Server {
     gate: watch::Sender<bool>,
     page_in: PageIn,
     file: Arc<File>,
+    accept_failures: Arc<AtomicUsize>,
     shutdown: CancellationToken,
     running: JoinHandle<DrainReport>,
 }
@@ -215,6 +222,7 @@ impl Server {
                 header: PATIENT,
                 idle: PATIENT,
                 progress: PATIENT,
+                min_rate: 0,
             },
             max_head: 16 << 10,
         };
@@ -246,7 +254,9 @@ impl Server {
             gate: gate_rx,
             ends: ends_in,
             queues: queues_in,
+            accept_failures: Arc::default(),
         };
+        let accept_failures = Arc::clone(&handler.accept_failures);
         let page_in = PageIn::new().unwrap();
         let acceptor = Acceptor::new(listener, Arc::new(handler), limits, page_in.clone());
         let shutdown = CancellationToken::new();
@@ -259,8 +269,19 @@ impl Server {
             gate,
             page_in,
             file,
+            accept_failures,
             shutdown,
             running,
+        }
+    }
+
+    /// A client with a small window.
+    async fn connect_narrow(&self) -> Client {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(16 << 10).unwrap();
+        Client {
+            tcp: socket.connect(self.addr).await.unwrap(),
+            unread: Vec::new(),
         }
     }
 
@@ -438,9 +459,7 @@ async fn a_slow_reader_gets_every_byte_and_is_not_cut_while_it_reads() {
     .await;
     let started = Instant::now();
     for kind in ["whole", "mixed"] {
-        let socket = tokio::net::TcpSocket::new_v4().unwrap();
-        socket.set_recv_buffer_size(16 << 10).unwrap();
-        let mut tcp = socket.connect(server.addr).await.unwrap();
+        let mut tcp = server.connect_narrow().await.tcp;
         let request = format!("GET /{kind}/11-99999999 HTTP/1.1\r\nHost: test\r\n\r\n");
         tcp.write_all(request.as_bytes()).await.unwrap();
         let mut got = Vec::new();
@@ -574,6 +593,46 @@ async fn a_client_that_takes_nothing_is_cut_at_the_progress_timeout() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_takes_a_little_now_and_then_is_cut_as_well() {
+    let mut server = Server::with(|limits| {
+        limits.timeouts.progress = Duration::from_secs(1);
+        limits.timeouts.min_rate = 1 << 30;
+    })
+    .await;
+    let mut slow = server.connect_narrow().await;
+    slow.send("/whole/0-99999999").await;
+    let reader = tokio::spawn(async move {
+        let mut buf = vec![0; 32 << 10];
+        // A thousandth of the rate, and never for long without a byte. Ends when it is cut.
+        while slow.tcp.read(&mut buf).await.is_ok_and(|read| read > 0) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    let end = server.end().await;
+    assert_eq!(end.abort.unwrap().reason, "client_stalled");
+    within(reader).await.unwrap();
+}
+
+/// Its window and the socket's buffer hold MiBs, so that few steps of its progress show.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_but_steady_reader_is_not_taken_for_stalled() {
+    let mut server = Server::with(|limits| limits.timeouts.progress = Duration::from_secs(2)).await;
+    let mut client = server.connect().await;
+    client.send("/whole/0-99999999").await;
+    let mut buf = vec![0; 16 << 10];
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_secs(5) {
+        within(client.tcp.read_exact(&mut buf)).await.unwrap();
+        // A quarter of a MB a second is the test.
+        tokio::time::sleep(Duration::from_millis(60)).await;
+    }
+    assert!(
+        server.ends.try_recv().is_err(),
+        "cut, or too fast to be tested"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_is_observed_with_what_it_took() {
     let mut server = Server::start().await;
     let mut client = server.connect().await;
@@ -594,6 +653,27 @@ async fn a_half_closing_client_gets_its_answer() {
     client.send("/mixed/0-5000000").await;
     client.tcp.shutdown().await.unwrap();
     assert_same(&client.response().await, &server.body("0-5000000"));
+    client.closed().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_client_still_sends_does_not_tear_its_answer_away() {
+    let mut server = Server::start().await;
+    // So that the end of the answer waits in the server's socket when the server is done with it.
+    let mut client = server.connect_narrow().await;
+    let head = "GET /whole/0-199999 HTTP/1.1\r\nHost: test\r\nContent-Length: 300000\r\n\r\n";
+    let request = [head.as_bytes(), &[b'x'; 50_000]].concat();
+    client.tcp.write_all(&request).await.unwrap();
+    assert!(server.end().await.abort.is_none());
+    client.tcp.write_all(&[b'x'; 100_000]).await.unwrap();
+    assert_same(&client.response().await, &server.body("0-199999"));
+    drop(client);
+
+    // An answer of hyper's own.
+    let mut client = server.connect().await;
+    let head = format!("GET /ping HTTP/1.1\r\nX: {}", "x".repeat(200_000));
+    client.tcp.write_all(head.as_bytes()).await.unwrap();
+    assert!(client.head().await.starts_with("HTTP/1.1 431 "));
     client.closed().await;
 }
 
@@ -673,6 +753,40 @@ async fn beyond_the_limit_a_connection_waits_for_a_free_place() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn when_places_run_out_idle_connections_make_room_and_busy_ones_do_not() {
+    let server = Server::with(|limits| limits.max_connections = 3).await;
+    let mut known = server.connect().await;
+    assert_eq!(known.get("/ping").await, b"pong");
+    let mut silent = server.connect().await;
+    let mut dripping = server.connect().await;
+    dripping.tcp.write_all(b"GET /pi").await.unwrap();
+
+    // So long that each of them may have to go.
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    // Those go first who never asked for anything, the longest silent one before the others.
+    let mut busy = Vec::new();
+    for leaves in [&mut silent, &mut dripping, &mut known] {
+        let mut client = server.connect().await;
+        client.send("/gated/0-5000").await;
+        leaves.closed().await;
+        client.head().await;
+        busy.push(client);
+    }
+
+    let mut late = server.connect().await;
+    late.send("/ping").await;
+    // Longer than an idle connection would have been spared.
+    let early = tokio::time::timeout(Duration::from_millis(1500), late.tcp.readable()).await;
+    assert!(early.is_err(), "served beyond the limit");
+    server.gate.send(true).unwrap();
+    for client in &mut busy {
+        let body = within(client.tcp.read_buf(&mut client.unread)).await;
+        assert!(body.unwrap() > 0, "a busy connection was closed");
+    }
+    assert_eq!(late.response().await, b"pong");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn draining_closes_idle_connections_and_finishes_running_bodies() {
     let server = Server::start().await;
     let mut idle = server.connect().await;
@@ -744,14 +858,16 @@ fn running_out_of_descriptors_is_survived() {
         waiting.send("/ping").await;
         let early = tokio::time::timeout(Duration::from_millis(100), waiting.tcp.readable()).await;
         assert!(early.is_err(), "accepted without a descriptor");
-        // Connections that are open go on being served meanwhile.
+        // Connections that are open go on being served meanwhile, until one is idle for long enough to
+        // leave its descriptor to who waits.
         assert_eq!(first.get("/ping").await, b"pong");
-        let limit = rustix::process::Rlimit {
-            current: Some(1024),
-            maximum: Some(1024),
-        };
-        rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
         assert_eq!(waiting.response().await, b"pong");
+        first.closed().await;
+        let failures = server.accept_failures.load(Ordering::Relaxed);
+        assert!(
+            (1..100).contains(&failures),
+            "{failures}: counted, and no spin"
+        );
     });
 }
 

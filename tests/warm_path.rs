@@ -2,24 +2,18 @@
 //!
 //! The program is started over a cache that an earlier run has filled and left in order, so that nothing of the cold
 //! path is still under way, and is asked once before strace looks, since the first touch may look the key up.
-#![expect(
-    clippy::unwrap_used,
-    reason = "the lint's exemption for tests does not see a test crate's helpers"
-)]
 
 mod support;
 
-use std::collections::HashMap;
 use std::io::BufReader;
 use std::io::Write as _;
-use std::path::Path;
-use std::process::{Command, Stdio};
 
 use pinrange::strict_s3::{Options, PutOptions, StrictS3};
 use rustix::process::Signal;
 
 use support::http::{self, Random};
-use support::process::{self, Running};
+use support::process;
+use support::strace::{self, Call};
 
 /// More than a socket takes at once, so that the answer waits for its client too, and more than one sendfile may ask
 /// for.
@@ -53,7 +47,7 @@ const CHANGES: [&str; 8] = [
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_warm_pinned_range_is_one_write_and_sendfile() {
-    let Some(strace) = process::find("strace") else {
+    let Some(tracer) = process::find("strace") else {
         return;
     };
     let s3 = StrictS3::start(Options::memory(["bucket"])).await.unwrap();
@@ -73,7 +67,7 @@ async fn a_warm_pinned_range_is_one_write_and_sendfile() {
     assert_eq!(http::get(warm.data, "/m/object", &fields).status, 206);
 
     let trace = dir.path().join("trace");
-    let mut tracer = trace_process(&strace, warm.process.pid(), &trace);
+    let mut tracer = strace::attach(&tracer, warm.process.pid(), 64, &trace);
     let mut connection = http::connect(warm.data);
     let client = connection.local_addr().unwrap();
     write!(
@@ -94,7 +88,7 @@ async fn a_warm_pinned_range_is_one_write_and_sendfile() {
     tracer.wait();
     assert_eq!(s3.stats().requests, 0, "S3 was asked: {:?}", s3.log());
 
-    let mut calls = calls(&std::fs::read_to_string(&trace).unwrap());
+    let mut calls = strace::calls(&std::fs::read_to_string(&trace).unwrap());
     let end = calls.iter().position(|call| call.arguments.contains(MARK));
     calls.truncate(end.expect("the mark is in the trace"));
     let socket = format!("->{client}]");
@@ -139,70 +133,4 @@ async fn a_warm_pinned_range_is_one_write_and_sendfile() {
         }
     }
     assert_eq!(warm.stop().code(), Some(0));
-}
-
-/// Attaches to every thread of `pid`; every system call is in `file` after the tracer's end.
-fn trace_process(strace: &Path, pid: u32, file: &Path) -> Running {
-    let tracer = Running::start(
-        Command::new(strace)
-            .args(["-f", "-yy", "-s", "64", "-o"])
-            .arg(file)
-            .args(["-p", &pid.to_string()])
-            .stdout(Stdio::null()),
-    );
-    tracer.wait_for("attached");
-    tracer
-}
-
-#[derive(Debug)]
-struct Call {
-    name: String,
-    arguments: String,
-    result: String,
-}
-
-impl Call {
-    /// Up to the first comma; descriptors stand first and have none in them.
-    fn argument(&self, index: usize) -> &str {
-        self.arguments.split(", ").nth(index).unwrap_or_default()
-    }
-
-    /// What the call says it moved; `None` where it failed or moved nothing.
-    fn bytes(&self) -> Option<u64> {
-        self.result.parse().ok()
-    }
-}
-
-/// strace's lines, those joined again that another thread's stand between.
-fn calls(trace: &str) -> Vec<Call> {
-    let mut begun: HashMap<&str, String> = HashMap::new();
-    let mut calls = Vec::new();
-    for line in trace.lines() {
-        let (thread, rest) = line.split_once(' ').unwrap();
-        let rest = rest.trim_start();
-        if let Some(start) = rest.strip_suffix(" <unfinished ...>") {
-            begun.insert(thread, start.to_owned());
-            continue;
-        }
-        let whole = match rest.split_once(" resumed>") {
-            Some((_, end)) if rest.starts_with("<... ") => {
-                // Begun before strace came.
-                let Some(start) = begun.remove(thread) else {
-                    continue;
-                };
-                start + end
-            }
-            _ => rest.to_owned(),
-        };
-        let Some((call, result)) = whole.rsplit_once(" = ") else {
-            continue; // A signal or an exit.
-        };
-        let (name, arguments) = call.split_once('(').unwrap();
-        calls.push(Call {
-            name: name.to_owned(),
-            arguments: arguments.trim_end().trim_end_matches(')').to_owned(),
-            result: result.split(' ').next().unwrap().to_owned(),
-        });
-    }
-    calls
 }

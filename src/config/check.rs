@@ -220,6 +220,13 @@ impl Checker<'_> {
                 default.progress_timeout,
                 timeout
             ),
+            min_rate: read!(
+                self,
+                "server",
+                raw.min_rate,
+                default.min_rate,
+                size(0..=MIB)
+            ),
         };
         let (listen, admin) = (server.listen, server.admin);
         let overlap = listen.ip() == admin.ip()

@@ -129,7 +129,7 @@ section! {
     /// `[server]`
     RawServer {
         listen, admin, drain_timeout, drain_grace, log_format, worker_threads, max_connections,
-        header_timeout, header_max_bytes, idle_timeout, progress_timeout,
+        header_timeout, header_max_bytes, idle_timeout, progress_timeout, min_rate,
     }
 }
 

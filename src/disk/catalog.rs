@@ -16,7 +16,8 @@
 //! Durability (ADR 8): WAL, `synchronous=NORMAL`. A power loss keeps a *prefix* of the
 //! transactions. Purges, flushes and the orderly shutdown commit with `synchronous=FULL`.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -25,6 +26,8 @@ use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, params};
 
 use super::coverage::Coverage;
+use super::durability::{KernelSync, Syncer};
+use super::failpoint::{self, Step};
 use super::policy::Queue;
 use super::{CurrentRecord, DiskError, PurgeTarget};
 use crate::object::{ObjectKey, Representation, Revision, Validator};
@@ -108,7 +111,16 @@ END;
 /// remote is down; beyond this the ones not asked about for longest go.
 const MAX_OBJECTS: i64 = 1_000_000;
 
+/// Batches after which the log is moved into the database.
+const CHECKPOINT_COMMITS: u32 = if cfg!(test) { 4 } else { 64 };
+
+/// Blocks covered after which it is: each may have changed five pages of 4 KiB, in a catalog of millions, where no two share one.
+const CHECKPOINT_BLOCKS: usize = 2048;
+
 const FILE: &str = "catalog.sqlite";
+
+/// What SQLite keeps beside it.
+const LOGS: [&str; 2] = ["-wal", "-shm"];
 
 /// Its presence says that a query found the catalog damaged: the next start sets it aside.
 const DAMAGED: &str = "catalog.damaged";
@@ -237,36 +249,33 @@ pub(super) struct Catalog {
 pub(super) struct Db {
     connection: Connection,
     run: i64,
-    damaged: PathBuf,
+    dir: PathBuf,
 }
 
 impl Catalog {
     /// Opens `dir`'s catalog and begins a run. A catalog that is damaged or newer than this
     /// program is set aside, and an empty one begun: a cache that starts cold beats one that does not.
-    pub(super) fn open(dir: &Path) -> Result<(Self, Start), DiskError> {
+    pub(super) fn open(dir: &Path, sync: &dyn Syncer) -> Result<(Self, Start), DiskError> {
         let path = dir.join(FILE);
         let damaged = dir.join(DAMAGED);
         if damaged.exists() {
-            set_aside(
-                &path,
-                "corrupt",
-                "a query found it damaged during the last run",
-            )?;
-            remove(&damaged)?;
+            let reason = fs::read_to_string(&damaged).unwrap_or_default();
+            set_aside(dir, "corrupt", reason.trim(), sync)?;
         }
-        let opened = match connect(&path) {
+        let connect = || connect(dir);
+        let opened = match connect() {
             Ok(connection) => Ok(connection),
             Err(Refused::Newer(version)) => {
                 let reason = format!(
                     "it has schema version {version}, and this program knows {} at most",
                     MIGRATIONS.len()
                 );
-                set_aside(&path, "newer", &reason)?;
-                connect(&path)
+                set_aside(dir, "newer", &reason, sync)?;
+                connect()
             }
             Err(Refused::Sqlite(error)) if is_damage(&error) => {
-                set_aside(&path, "corrupt", &error.to_string())?;
-                connect(&path)
+                set_aside(dir, "corrupt", &error.to_string(), sync)?;
+                connect()
             }
             refused => refused,
         };
@@ -280,10 +289,11 @@ impl Catalog {
         let mut db = Db {
             connection,
             run: 0,
-            damaged,
+            dir: dir.to_owned(),
         };
         let start = db.begin_run()?;
         db.run = start.run;
+        failpoint::reached(dir, Step::RunBegun);
         Ok((
             Self {
                 db: Mutex::new(Some(db)),
@@ -298,7 +308,18 @@ impl Catalog {
         Ok(Checkpointer {
             connection,
             commits: 0,
+            blocks: 0,
         })
+    }
+
+    /// A connection of its own for the sweep, which reads the whole catalog and must not hold the lock meanwhile.
+    pub(super) fn reader(dir: &Path) -> Result<Reader, DiskError> {
+        Connection::open(dir.join(FILE))
+            .map(|connection| Reader {
+                connection,
+                dir: dir.to_owned(),
+            })
+            .map_err(|error| catalog_error(&error))
     }
 
     /// Takes the lock. Blocks while others use the catalog, so never on a runtime's worker.
@@ -394,6 +415,7 @@ impl Db {
         if commit == Commit::Durable {
             // Cannot fail outside a transaction; were it to, commits would only be slower.
             let _ = self.connection.pragma_update(None, "synchronous", "NORMAL");
+            failpoint::reached(&self.dir, Step::LogSynced);
         }
         result.map_err(|error| self.failed(&error))
     }
@@ -406,13 +428,7 @@ impl Db {
     }
 
     fn failed(&self, error: &rusqlite::Error) -> DiskError {
-        if is_damage(error) && fs::write(&self.damaged, error.to_string()).is_ok() {
-            tracing::error!(
-                %error,
-                "the catalog is damaged; the next start sets it aside and begins an empty one"
-            );
-        }
-        catalog_error(error)
+        failed(&self.dir, error)
     }
 
     /// The revision and its segments.
@@ -574,10 +590,7 @@ impl Db {
                         bytes: unsigned(row.get(3)?),
                         served: unsigned(row.get(4)?),
                         place: unsigned(row.get(8)?),
-                        revision: Revision {
-                            key: ObjectKey::new(row.get::<_, String>(5)?, row.get::<_, String>(6)?),
-                            validator: validator(row, 7)?,
-                        },
+                        revision: revision(row, 5)?,
                     })
                 })?
                 .collect()
@@ -627,9 +640,19 @@ impl Db {
         })
     }
 
-    /// Deletes one row: its file is bad or gone.
-    pub(super) fn delete_segment(&mut self, id: &SegmentId) -> Result<(), DiskError> {
+    /// Deletes one row: its file is bad or gone. Returns the bytes that it counted; `None`: there is no such row.
+    pub(super) fn delete_segment(&mut self, id: &SegmentId) -> Result<Option<u64>, DiskError> {
         self.write(Commit::Ordered, |tx| delete_segment(tx, id))
+    }
+
+    /// Which revision has this id.
+    pub(super) fn revision(&self, id: i64) -> Result<Option<Revision>, DiskError> {
+        self.read(|connection| {
+            connection
+                .prepare_cached("SELECT store, key, validator FROM revisions WHERE id = ?1")?
+                .query_row([id], |row| revision(row, 0))
+                .optional()
+        })
     }
 
     /// Deletes what `target` names, durably.
@@ -686,19 +709,51 @@ impl Db {
                 .optional()
         })
     }
+}
 
-    /// Which of these files have no row.
-    pub(super) fn unknown(&self, files: &[u128]) -> Result<Vec<u128>, DiskError> {
+/// Looks through the whole catalog in stretches, beside everybody else: what it says may have changed since.
+pub(super) struct Reader {
+    connection: Connection,
+    dir: PathBuf,
+}
+
+impl Reader {
+    /// The files from `first` to `last` that rows name, ascending.
+    pub(super) fn files(&self, first: u128, last: u128) -> Result<Vec<u128>, DiskError> {
         self.read(|connection| {
-            let mut statement =
-                connection.prepare_cached("SELECT 1 FROM checksums WHERE incarnation = ?1")?;
-            let mut unknown = Vec::new();
-            for file in files {
-                if !statement.exists(params![blob(*file)])? {
-                    unknown.push(*file);
-                }
-            }
-            Ok(unknown)
+            connection
+                .prepare_cached(
+                    "SELECT incarnation FROM checksums WHERE incarnation BETWEEN ?1 AND ?2
+                     ORDER BY incarnation",
+                )?
+                .query_map([blob(first), blob(last)], |row| incarnation(row, 0))?
+                .collect()
+        })
+    }
+
+    /// Up to `limit` rows of `segments` after `after`, in some order; none: there are no more.
+    pub(super) fn segments(
+        &self,
+        after: Option<SegmentId>,
+        limit: u32,
+    ) -> Result<Vec<SegmentId>, DiskError> {
+        self.read(|connection| {
+            let (revision, idx, file) =
+                after.map_or((0, 0, 0), |id| (id.revision, id.idx, id.incarnation));
+            connection
+                .prepare_cached(
+                    "SELECT revision, idx, incarnation FROM segments
+                     WHERE (revision, idx, incarnation) > (?1, ?2, ?3)
+                     ORDER BY revision, idx, incarnation LIMIT ?4",
+                )?
+                .query_map(params![revision, signed(idx), blob(file), limit], |row| {
+                    Ok(SegmentId {
+                        revision: row.get(0)?,
+                        idx: unsigned(row.get(1)?),
+                        incarnation: incarnation(row, 2)?,
+                    })
+                })?
+                .collect()
         })
     }
 
@@ -712,28 +767,28 @@ impl Db {
     ) -> Result<Option<Searched>, DiskError> {
         self.read(|connection| {
             let mut statement = connection.prepare_cached(
-                "SELECT id, store, key, validator, size > 0
-                    AND NOT EXISTS (SELECT 1 FROM segments WHERE revision = id)
+                "SELECT size > 0 AND NOT EXISTS (SELECT 1 FROM segments WHERE revision = id),
+                    id, store, key, validator
                  FROM revisions WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
             )?;
             let mut rows = statement.query(params![after, up_to, limit])?;
             let (mut last, mut bare) = (None, Vec::new());
             while let Some(row) = rows.next()? {
-                let id = row.get(0)?;
+                let id = row.get(1)?;
                 last = Some(id);
-                if row.get(4)? {
-                    let key = ObjectKey::new(row.get::<_, String>(1)?, row.get::<_, String>(2)?);
-                    bare.push((
-                        id,
-                        Revision {
-                            key,
-                            validator: validator(row, 3)?,
-                        },
-                    ));
+                if row.get(0)? {
+                    bare.push((id, revision(row, 2)?));
                 }
             }
             Ok(last.map(|last| Searched { last, bare }))
         })
+    }
+
+    fn read<T>(
+        &self,
+        work: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<T, DiskError> {
+        work(&self.connection).map_err(|error| failed(&self.dir, &error))
     }
 }
 
@@ -741,17 +796,21 @@ impl Db {
 pub(super) struct Checkpointer {
     connection: Connection,
     commits: u32,
+    blocks: usize,
 }
 
 impl Checkpointer {
-    /// To be called after each batch; every 64th moves pages. A failure only lets the log grow:
-    /// the next call tries again.
-    pub(super) fn committed(&mut self) {
+    /// To be asked after each batch; `blocks` is how many it covered. A start has to read the log that is left, so it
+    /// must not become long.
+    pub(super) fn is_due(&mut self, blocks: usize) -> bool {
         self.commits += 1;
-        if self.commits < 64 {
-            return;
-        }
-        self.commits = 0;
+        self.blocks += blocks;
+        self.commits >= CHECKPOINT_COMMITS || self.blocks >= CHECKPOINT_BLOCKS
+    }
+
+    /// Moves pages. A failure only lets the log grow: the next time tries again.
+    pub(super) fn run(&mut self) {
+        (self.commits, self.blocks) = (0, 0);
         let moved = self
             .connection
             .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
@@ -773,8 +832,8 @@ impl From<rusqlite::Error> for Refused {
 }
 
 /// Opens and migrates.
-fn connect(path: &Path) -> Result<Connection, Refused> {
-    let mut connection = Connection::open(path)?;
+fn connect(dir: &Path) -> Result<Connection, Refused> {
+    let mut connection = Connection::open(dir.join(FILE))?;
     // Only a checkpoint of our own second connection can be in the way, and briefly.
     connection.busy_timeout(Duration::from_secs(5))?;
     connection.set_prepared_statement_cache_capacity(64);
@@ -791,35 +850,86 @@ fn connect(path: &Path) -> Result<Connection, Refused> {
         tx.execute_batch(migration)?;
         tx.pragma_update(None, "user_version", signed(index as u64 + 1))?;
         tx.commit()?;
+        failpoint::reached(dir, Step::Migrated);
     }
     // Touches each table that a start needs, so that damage there shows now.
     meta(&connection, "bytes")?;
     Ok(connection)
 }
 
-/// Renames the catalog and its log out of the way.
-fn set_aside(path: &Path, why: &str, reason: &str) -> Result<(), DiskError> {
+/// Renames the catalog and its log out of the way, and removes what was set aside before. Marked before and unmarked after, all of it synced:
+/// a database without its log would be an older state of it, in which what was purged is still there.
+fn set_aside(dir: &Path, why: &str, reason: &str, sync: &dyn Syncer) -> Result<(), DiskError> {
+    let damaged = dir.join(DAMAGED);
+    let failed = |op, path: &Path| {
+        let path = path.to_owned();
+        move |error| DiskError::io(op, &path, error)
+    };
+    mark(dir, reason, sync).map_err(failed("write", &damaged))?;
+    failpoint::reached(dir, Step::Marked);
+    remove_set_aside(dir)?;
     let stamp = millis(SystemTime::now());
     let aside = format!("{FILE}.{why}-{stamp}");
     tracing::warn!(
-        catalog = %path.display(), set_aside_as = %aside, reason,
+        catalog = %dir.join(FILE).display(), set_aside_as = %aside, reason,
         "cannot use the catalog: set it aside and start with an empty cache"
     );
-    for suffix in ["", "-wal", "-shm"] {
-        let from = path.with_file_name(format!("{FILE}{suffix}"));
-        let to = path.with_file_name(format!("{aside}{suffix}"));
-        match fs::rename(&from, &to) {
+    for suffix in LOGS.into_iter().chain([""]) {
+        let from = dir.join(format!("{FILE}{suffix}"));
+        match fs::rename(&from, dir.join(format!("{aside}{suffix}"))) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(DiskError::io("rename", &from, error));
             }
-            _ => {}
+            _ => failpoint::reached(dir, Step::SetAside),
+        }
+    }
+    sync.directory(dir).map_err(failed("sync", dir))?;
+    fs::remove_file(&damaged).map_err(failed("unlink", &damaged))?;
+    failpoint::reached(dir, Step::Unmarked);
+    sync.directory(dir).map_err(failed("sync", dir))
+}
+
+/// One catalog set aside is for whoever wants to know what happened; a hundred are a full disk.
+fn remove_set_aside(dir: &Path) -> Result<(), DiskError> {
+    let failed = |error| DiskError::io("list", dir, error);
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        let is_one = name.to_str().is_some_and(|name| {
+            name.strip_prefix(FILE)
+                .is_some_and(|rest| rest.starts_with(".corrupt-") || rest.starts_with(".newer-"))
+        });
+        if is_one {
+            let path = dir.join(name);
+            fs::remove_file(&path).map_err(|error| DiskError::io("unlink", &path, error))?;
         }
     }
     Ok(())
 }
 
-fn remove(path: &Path) -> Result<(), DiskError> {
-    fs::remove_file(path).map_err(|error| DiskError::io("unlink", path, error))
+/// Has the next start set the catalog aside.
+fn mark(dir: &Path, reason: &str, sync: &dyn Syncer) -> std::io::Result<()> {
+    let mut file = File::create(dir.join(DAMAGED))?;
+    file.write_all(reason.as_bytes())?;
+    sync.data(&file)?;
+    sync.directory(dir)
+}
+
+/// What to tell of an error, once the next start has been told of damage.
+fn failed(dir: &Path, error: &rusqlite::Error) -> DiskError {
+    if is_damage(error)
+        && mark(
+            dir,
+            &format!("a query found it damaged: {error}"),
+            &KernelSync,
+        )
+        .is_ok()
+    {
+        tracing::error!(
+            %error,
+            "the catalog is damaged; the next start sets it aside and begins an empty one"
+        );
+    }
+    catalog_error(error)
 }
 
 fn is_damage(error: &rusqlite::Error) -> bool {
@@ -985,12 +1095,16 @@ fn record_served(tx: &Transaction<'_>, served: &[(SegmentId, u64)]) -> rusqlite:
     Ok(())
 }
 
-fn delete_segment(tx: &Transaction<'_>, id: &SegmentId) -> rusqlite::Result<()> {
+fn delete_segment(tx: &Transaction<'_>, id: &SegmentId) -> rusqlite::Result<Option<u64>> {
     tx.prepare_cached(
-        "DELETE FROM segments WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
+        "DELETE FROM segments WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3
+         RETURNING bytes",
     )?
-    .execute(params![id.revision, signed(id.idx), blob(id.incarnation)])?;
-    Ok(())
+    .query_row(
+        params![id.revision, signed(id.idx), blob(id.incarnation)],
+        |row| row.get(0).map(unsigned),
+    )
+    .optional()
 }
 
 fn update_representation(
@@ -1054,6 +1168,14 @@ fn representation(row: &Row<'_>, at: usize) -> rusqlite::Result<Representation> 
         last_modified: last_modified.map(|at| UNIX_EPOCH + Duration::from_secs(unsigned(at))),
         version_id: version_id.map(Into::into),
         headers: serde_json::from_str(&headers).map_err(|error| conversion(at + 4, error))?,
+    })
+}
+
+/// Store, key and validator, from column `at` on.
+fn revision(row: &Row<'_>, at: usize) -> rusqlite::Result<Revision> {
+    Ok(Revision {
+        key: ObjectKey::new(row.get::<_, String>(at)?, row.get::<_, String>(at + 1)?),
+        validator: validator(row, at + 2)?,
     })
 }
 

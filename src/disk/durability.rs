@@ -22,6 +22,7 @@ use tokio::sync::oneshot;
 
 use super::catalog::{Batch, Checkpointer, Commit, SegmentCommit, SegmentId};
 use super::extent::SegmentFile;
+use super::failpoint::Step;
 use super::held::{HeldRevision, SegmentKey};
 use super::tier::Shared;
 use super::{CurrentRecord, DiskError};
@@ -235,8 +236,16 @@ pub(super) fn run(shared: &Arc<Shared>, mut checkpointer: Checkpointer) {
         } else {
             Commit::Durable
         };
+        let segments = work.blocks.len();
         let settled = settle(shared, work, commit);
-        checkpointer.committed();
+        if settled.is_ok() {
+            shared.reached(Step::Recorded);
+        }
+        if checkpointer.is_due(segments) {
+            shared.reached(Step::Checkpointing);
+            checkpointer.run();
+            shared.reached(Step::Checkpointed);
+        }
         if let Err(error) = &settled {
             tracing::error!(%error, "could not record what is on disk; dropped it");
         }
@@ -376,7 +385,10 @@ fn sync(shared: &Shared, grown: &mut Vec<Grown>) {
             return false;
         }
         match shared.sync.data(file.file()) {
-            Ok(()) => true,
+            Ok(()) => {
+                shared.reached(Step::DataSynced);
+                true
+            }
             Err(error) => {
                 grown.give_up(shared, "fdatasync", &error);
                 false
@@ -392,7 +404,10 @@ fn sync(shared: &Shared, grown: &mut Vec<Grown>) {
             return true;
         }
         match shared.sync.directory(&directory) {
-            Ok(()) => synced.insert(directory),
+            Ok(()) => {
+                shared.reached(Step::DirectorySynced);
+                synced.insert(directory)
+            }
             Err(error) => {
                 grown.give_up(shared, "fsync", &error);
                 false

@@ -22,9 +22,11 @@
 //!    │   └ extent.rs    SegmentFile, FileExtent
 //!    ├ writer.rs    BlockWriter, WriterView: bytes in order into segment files
 //!    ├ durability.rs  the one thread that syncs data, then commits coverage
+//!    ├ sweep.rs     the thread that reclaims what an earlier run left over
 //!    ├ catalog.rs   SQLite
 //!    ├ policy.rs    which segment goes, pure
-//!    └ room.rs      the account of bytes: Reservation → Charge
+//!    ├ room.rs      the account of bytes: Reservation → Charge
+//!    └ failpoint.rs the steps at which tests take the power away
 //! ```
 //!
 //! **Warm:** [`DiskTier::lookup`] → [`HeldRevision::step`] → [`FileExtent`]: two short locks, no
@@ -40,9 +42,11 @@ mod catalog;
 mod coverage;
 mod durability;
 mod extent;
+mod failpoint;
 mod held;
 pub mod policy;
 mod room;
+mod sweep;
 #[cfg(test)]
 mod tests;
 mod tier;
@@ -190,6 +194,19 @@ pub struct Purged {
     pub bytes: u64,
 }
 
+/// What earlier runs left over, and this one reclaimed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Segment files that no row named.
+    pub files: u64,
+    /// Bytes that they took on disk.
+    pub bytes: u64,
+    /// Rows of segments whose file was gone.
+    pub rows: u64,
+    /// Revisions of which no byte was held.
+    pub revisions: u64,
+}
+
 /// A snapshot of the tier's counters for metrics.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DiskStats {
@@ -212,6 +229,10 @@ pub struct DiskStats {
     /// Segments dropped since the start because their file was gone, short or corrupt, or could
     /// not be synced.
     pub quarantines: u64,
+    /// What was reclaimed since the start of what earlier runs left over.
+    pub swept: Swept,
+    /// Whether leftovers are still being looked for.
+    pub sweeping: bool,
     /// Revisions known to memory.
     pub revisions_in_memory: u64,
     /// Segment files open, those that responses hold included.

@@ -31,9 +31,11 @@ use tokio::sync::oneshot;
 
 use super::catalog::{Candidate, Catalog, Db, Moved, SegmentId, StoredRevision};
 use super::durability::{self, KernelSync, Queue, Syncer};
+use super::failpoint::{self, Step};
 use super::held::{HeldRevision, Segment, SegmentKey};
 use super::policy::{self, Policy, Round, Standing, Verdict};
 use super::room::{Reservation, Room};
+use super::sweep::{self, SweptSoFar};
 use super::{
     CurrentRecord, DiskConfig, DiskError, DiskStats, Lookup, MinFree, PurgeTarget, Purged,
 };
@@ -98,6 +100,7 @@ pub(super) struct Shared {
     /// By queue.
     evicted_bytes: [AtomicU64; 2],
     quarantines: AtomicU64,
+    pub(super) swept: SweptSoFar,
 }
 
 struct Revisions {
@@ -177,8 +180,9 @@ impl DiskTier {
             .map_err(|error| DiskError::io("make the directory", &dir, error))?;
         let lock = lock(&dir)?;
         make_shards(&dir, seams.sync.as_ref())?;
-        let (catalog, start) = Catalog::open(&dir)?;
+        let (catalog, start) = Catalog::open(&dir, seams.sync.as_ref())?;
         let checkpointer = Catalog::checkpointer(&dir)?;
+        let reader = Catalog::reader(&dir)?;
         let mut random = File::open("/dev/urandom")
             .map_err(|error| DiskError::io("open", Path::new("/dev/urandom"), error))?;
         let standing = Standing {
@@ -216,6 +220,7 @@ impl DiskTier {
             evictions: AtomicU64::new(0),
             evicted_bytes: Default::default(),
             quarantines: AtomicU64::new(0),
+            swept: SweptSoFar::default(),
             dir,
         });
         if start.suspect_run == start.run - 1 && start.suspect_run > 0 {
@@ -237,7 +242,7 @@ impl DiskTier {
         let me = Arc::clone(&shared);
         let sweeper = spawn(
             "disk-sweep",
-            Box::new(move || me.sweep(start.last_revision)),
+            Box::new(move || sweep::run(&me, &reader, start.last_revision)),
         )?;
         Ok(Arc::new(Self {
             shared,
@@ -399,6 +404,7 @@ impl DiskTier {
             let served: Vec<_> = held.values().flat_map(served_since_recorded).collect();
             let ghosts = shared.policy.lock().save();
             let closed = shared.catalog.close(&served, &ghosts);
+            shared.reached(Step::Closed);
             *shared.lock.lock() = None;
             closed
         })
@@ -423,6 +429,8 @@ impl DiskTier {
             evicted_main_bytes: evicted_main.load(Ordering::Relaxed),
             ghost_hits,
             quarantines: shared.quarantines.load(Ordering::Relaxed),
+            swept: shared.swept.so_far(),
+            sweeping: shared.swept.is_going_on(),
             revisions_in_memory: shared.revisions.lock().by_name.len() as u64,
             open_files: shared.room.open_files() as u64,
             degraded: shared.trouble.refuses_writes(),
@@ -447,6 +455,20 @@ impl Shared {
         self.clock.fetch_add(1, Ordering::Relaxed)
     }
 
+    pub(super) fn reached(&self, step: Step) {
+        failpoint::reached(&self.dir, step);
+    }
+
+    /// The tier is closing or closed: what goes on in the background ends.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Whether this run made the file.
+    pub(super) fn is_of_this_run(&self, incarnation: u128) -> bool {
+        incarnation & u128::from(u64::MAX) == u128::from(self.run_mark)
+    }
+
     pub(super) fn shard_path(&self, incarnation: u128) -> PathBuf {
         self.dir
             .join("segments")
@@ -468,6 +490,11 @@ impl Shared {
         // The high half is random.
         let slot = (incarnation >> 64) % self.opening.len() as u128;
         Arc::clone(&self.opening[usize::try_from(slot).unwrap_or(0)])
+    }
+
+    /// Does not count as a touch.
+    pub(super) fn in_memory(&self, revision: &Revision) -> Option<Arc<HeldRevision>> {
+        self.revisions.lock().by_name.get(revision).cloned()
     }
 
     fn lookup(&self, revision: &Revision) -> Option<Arc<HeldRevision>> {
@@ -515,6 +542,7 @@ impl Shared {
             self.block_size,
         )?;
         let mut doomed = Vec::new();
+        self.reached(Step::Admitted);
         if let Some(other) = known {
             tracing::error!(
                 key = ?revision.key, validator = ?revision.validator,
@@ -551,6 +579,7 @@ impl Shared {
         let mut db = self.catalog.lock()?;
         self.queue.forget_current(|key| target.matches(key));
         let deleted = db.purge(target)?;
+        self.reached(Step::Purged);
         // Only after the commit: what failed must not be half purged. Until here the lock kept
         // everyone else from admitting or loading.
         let doomed: Vec<_> = {
@@ -590,16 +619,21 @@ impl Shared {
         bytes
     }
 
-    /// Removes a file whose row is gone. One that stays is without a row, and swept at the next
-    /// start.
-    pub(super) fn unlink(&self, incarnation: u128) {
+    /// Removes a file whose row is gone, and says whether it was there. One that stays is without a row, and swept at
+    /// the next start.
+    pub(super) fn unlink(&self, incarnation: u128) -> bool {
         let path = self.segment_path(incarnation);
         match fs::remove_file(&path) {
+            Ok(()) => {
+                self.reached(Step::Unlinked);
+                return true;
+            }
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 self.trouble.note("unlink", &path, &error);
             }
-            _ => {}
+            Err(_) => {}
         }
+        false
     }
 
     /// Drops a segment file that cannot be trusted: its row and the file. Blocking.
@@ -618,6 +652,7 @@ impl Shared {
             "dropped a segment file that cannot be trusted; its bytes are fetched again when asked for"
         );
         let deleted = db.and_then(|mut db| db.delete_segment(&id));
+        self.reached(Step::Quarantined);
         if let Err(error) = deleted {
             // The row stays, and finds no file from now on.
             tracing::error!(%error, "could not take it out of the catalog");
@@ -706,6 +741,7 @@ impl Shared {
                 break;
             }
             let victims = plan.commit(&mut db)?;
+            self.reached(Step::Evicted);
             // The rows are gone, and nobody else knows the files: no lock is needed to unlink them.
             drop(db);
             self.evictions.fetch_add(victims, Ordering::Relaxed);
@@ -845,79 +881,6 @@ impl Shared {
         };
         *self.free_space.lock() = Some(look);
         Ok(look)
-    }
-
-    /// Removes files that no row names, and revisions that an earlier run left without a byte.
-    fn sweep(&self, last_revision: i64) {
-        let swept = self.sweep_files().and_then(|files| {
-            let revisions = self.sweep_revisions(last_revision)?;
-            Ok((files, revisions))
-        });
-        match swept {
-            Ok((0, 0)) => {}
-            Ok((files, revisions)) => {
-                tracing::info!(files, revisions, "removed what an earlier run left over");
-            }
-            Err(_) if self.closed.load(Ordering::Acquire) => {}
-            Err(error) => {
-                tracing::warn!(%error, "could not remove what an earlier run left over; the next start tries again");
-            }
-        }
-    }
-
-    fn sweep_files(&self) -> Result<u64, DiskError> {
-        let mut removed = 0;
-        for shard in 0..=u8::MAX {
-            let dir = self.shard_path(u128::from(shard) << 120);
-            let entries = fs::read_dir(&dir).map_err(|error| DiskError::io("list", &dir, error))?;
-            let files: Vec<u128> = entries
-                .filter_map(|entry| {
-                    let name = entry.ok()?.file_name();
-                    let hex = name.to_str()?.strip_suffix(".seg")?;
-                    u128::from_str_radix(hex, 16).ok()
-                })
-                // Rows for files of earlier runs are only ever deleted, so looking first and
-                // unlinking later is safe for them; a file of this run may be about to get its row.
-                .filter(|incarnation| {
-                    incarnation & u128::from(u64::MAX) != u128::from(self.run_mark)
-                })
-                .collect();
-            for files in files.chunks(256) {
-                if self.closed.load(Ordering::Acquire) {
-                    return Ok(removed);
-                }
-                let unknown = self.catalog.lock()?.unknown(files)?;
-                for incarnation in unknown {
-                    self.unlink(incarnation);
-                    removed += 1;
-                }
-            }
-        }
-        Ok(removed)
-    }
-
-    fn sweep_revisions(&self, last_revision: i64) -> Result<u64, DiskError> {
-        let mut after = 0;
-        let mut removed = 0;
-        while !self.closed.load(Ordering::Acquire) {
-            let mut db = self.catalog.lock()?;
-            let Some(searched) = db.bare_revisions(after, last_revision, 256)? else {
-                break;
-            };
-            after = searched.last;
-            // The lock keeps an admission from bringing one back between this look and the commit.
-            let gone: Vec<i64> = searched
-                .bare
-                .into_iter()
-                .filter(|(_, revision)| !self.is_in_memory(revision))
-                .map(|(id, _)| id)
-                .collect();
-            if !gone.is_empty() {
-                db.evict(&[], &[], &gone)?;
-                removed += gone.len() as u64;
-            }
-        }
-        Ok(removed)
     }
 }
 
@@ -1154,14 +1117,16 @@ fn lock(dir: &Path) -> Result<File, DiskError> {
 /// Makes `segments/00` to `segments/ff`, so that a new file needs only its own directory synced.
 fn make_shards(dir: &Path, sync: &dyn Syncer) -> Result<(), DiskError> {
     let segments = dir.join("segments");
-    if segments.join("ff").is_dir() {
-        return Ok(());
+    let shards = (0..=u8::MAX).map(|shard| segments.join(format!("{shard:02x}")));
+    for path in std::iter::once(segments.clone()).chain(shards) {
+        match fs::create_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(DiskError::io("make the directory", &path, error));
+            }
+            _ => {}
+        }
     }
-    for shard in 0..=u8::MAX {
-        let path = segments.join(format!("{shard:02x}"));
-        fs::create_dir_all(&path)
-            .map_err(|error| DiskError::io("make the directory", &path, error))?;
-    }
+    // Always: the run that made them may have been killed before it got here. It costs nothing where nothing changed.
     for path in [&segments, dir] {
         sync.directory(path)
             .map_err(|error| DiskError::io("sync", path, error))?;

@@ -23,6 +23,7 @@ use super::DiskError;
 use super::coverage::Coverage;
 use super::durability::CompletedBlock;
 use super::extent::{FileExtent, SegmentFile};
+use super::failpoint::Step;
 use super::held::{HeldRevision, SegmentKey, State};
 use super::room::{Charge, Reservation};
 use super::tier::blocking;
@@ -226,6 +227,7 @@ impl Cursor {
             held.shared.trouble.note("write", &path, &error);
             DiskError::io("write", &path, error)
         })?;
+        held.shared.reached(Step::BytesWritten);
         held.shared.trouble.over();
         let mut left = written;
         while left > 0 {
@@ -384,6 +386,7 @@ fn create(
             shared.trouble.note("create", &path, &error);
             DiskError::io("create", &path, error)
         })?;
+    shared.reached(Step::FileCreated);
     let charge = Charge::new(&shared.room, 0, 0);
     let file = SegmentFile::new(file, Arc::clone(&charge));
     let segment = State::new_segment(

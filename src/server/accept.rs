@@ -2,8 +2,12 @@
 //!
 //! A connection takes one of `max_connections` places *before* it is accepted. Beyond that, clients
 //! wait in the kernel's backlog rather than being refused: a downloader that opens too many
-//! connections is slowed down, and no file descriptor is spent on saying no. Idle connections free
-//! their places by the idle timeout.
+//! connections is slowed down, and neither memory nor a file descriptor is spent on saying no.
+//!
+//! A place is for who asks for something. While clients wait, the connections that have owed us a
+//! request for longest are closed (ADR 15): first those that never sent a whole one, as a flood's do,
+//! then those kept alive between requests. One that is being answered never gives way, and one that
+//! is quick to ask neither. The same is done when descriptors run out.
 //!
 //! ```text
 //!  accepting ── shutdown ──► draining ── all done, or drain_timeout ──► report
@@ -13,32 +17,39 @@
 //!  back off 10 ms … 1 s when we are out of something (descriptors, memory)
 //! ```
 //!
+//! A connection ends with its answer read, as far as that is in our hands: see
+//! `SendfileIo::linger`.
+//!
 //! What ends a connection is nearly always the client's doing (reset, timeout, a request that does
-//! not parse; hyper answers these with 400, 414 or 431 itself), so it is logged at debug. A
+//! not parse; hyper answers these with 400 or 431 itself, without a body), so it is logged at debug. A
 //! response cut short is the business of its body's observer.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::error::Error;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::pin;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use http::{Request, Response};
+use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
+use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use super::body::ResponseBody;
-use super::io::{Cut, SendQueue, SendfileIo, Timeouts};
+use super::io::{self as socket, Cut, Expecting, SendQueue, SendfileIo, Standing, Timeouts};
 use super::page_in::PageIn;
 
 /// What answers requests.
@@ -55,6 +66,12 @@ pub trait Handler: Send + Sync + 'static {
 
     /// The number of connections changed by one. For a gauge.
     fn connections(&self, _delta: i64) {}
+
+    /// So many connections that owed us a request were asked to make room. For a counter.
+    fn displaced(&self, _count: usize) {}
+
+    /// Accepting a connection failed for a reason of ours. For a counter.
+    fn accept_failed(&self) {}
 }
 
 /// What a handler may know of the connection a request came by.
@@ -69,10 +86,9 @@ pub struct ConnInfo {
 /// What a listener allows.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections at a time.
+    /// Connections at a time. More wait in the listen queue while idle ones are closed for them.
     pub max_connections: usize,
-    /// Most bytes of a request's head; at least 8192. Beyond it hyper answers 431 (414 when it is
-    /// the target).
+    /// Most bytes of a request's head; at least 8192. Beyond it hyper answers 431.
     pub max_head: usize,
     /// How long a connection may be waited for.
     pub timeouts: Timeouts,
@@ -103,6 +119,9 @@ impl<H: Handler> Acceptor<H> {
     /// # Panics
     /// If `limits.max_head` is less than 8192.
     pub fn new(listener: TcpListener, handler: Arc<H>, limits: Limits, page_in: PageIn) -> Self {
+        if let Err(error) = socket::prepare(&listener) {
+            tracing::warn!(%error, "slow clients will seem stalled: the kernel reports their progress in large steps");
+        }
         let mut http = http1::Builder::new();
         http
             // SendfileIo depends on both: see there.
@@ -137,10 +156,12 @@ impl<H: Handler> Acceptor<H> {
             http,
         } = self;
         let serving = Arc::new(Serving {
-            handler,
+            handler: Arc::clone(&handler),
             page_in,
             http,
             timeouts: limits.timeouts,
+            guests: Guests::default(),
+            shutdown: shutdown.clone(),
             finished: AtomicUsize::new(0),
             cut: AtomicUsize::new(0),
         });
@@ -152,9 +173,26 @@ impl<H: Handler> Acceptor<H> {
         let accepting = async {
             let mut places = Places::new(limits.max_connections);
             let mut backoff = Backoff::default();
+            let make_room = || {
+                let displaced = serving.guests.displace(limits.max_connections);
+                handler.displaced(displaced);
+            };
             loop {
-                let place = places.take().await;
-                let (tcp, peer) = accept(&listener, &mut backoff).await;
+                let place = places.take(make_room).await;
+                let (tcp, peer) = loop {
+                    match listener.accept().await {
+                        Ok(accepted) => break accepted,
+                        Err(error) if is_peers(&error) => {
+                            tracing::debug!(%error, "a client was gone before it was accepted");
+                        }
+                        Err(error) => {
+                            handler.accept_failed();
+                            make_room();
+                            backoff.wait(&error).await;
+                        }
+                    }
+                };
+                backoff.recovered();
                 // A child token: each connection waits on a lock of its own.
                 let drain = Drain {
                     begin: drain.begin.child_token(),
@@ -190,6 +228,9 @@ struct Serving<H> {
     page_in: PageIn,
     http: http1::Builder,
     timeouts: Timeouts,
+    guests: Guests,
+    /// Tells a drain from a connection that makes room.
+    shutdown: CancellationToken,
     /// Connections that saw the drain begin and ended by themselves.
     finished: AtomicUsize,
     /// Connections that were cut at its end.
@@ -221,33 +262,114 @@ impl<H: Handler> Serving<H> {
             queue: SendQueue::default(),
         };
         let io = SendfileIo::new(tcp, info.queue.clone(), self.page_in.clone(), self.timeouts);
+        let _present = self.guests.enter(&info.queue, &drain.begin);
+        // Whether the latest request has content, which nobody has read to its end.
+        let content = AtomicBool::new(false);
         // Borrowed, not shared: requests touch no reference count that all workers share.
-        let (handler, conn) = (&*self.handler, &info);
-        let service = service_fn(move |request| async move {
-            Ok::<_, Infallible>(handler.handle(request, conn).await)
+        let (handler, conn, has_content) = (&*self.handler, &info, &content);
+        let service = service_fn(move |request: Request<Incoming>| {
+            has_content.store(!request.body().is_end_stream(), Ordering::Relaxed);
+            async move { Ok::<_, Infallible>(handler.handle(request, conn).await) }
         });
-        let mut connection = pin!(self.http.serve_connection(io, service));
+        let mut connection = self.http.serve_connection(io, service);
 
-        let mut served = drain.begin.run_until_cancelled(connection.as_mut()).await;
+        let mut served = drain.begin.run_until_cancelled(&mut connection).await;
         if served.is_none() {
-            connection.as_mut().graceful_shutdown();
-            served = drain.cut.run_until_cancelled(connection.as_mut()).await;
-            let ended = if served.is_some() {
-                &self.finished
-            } else {
-                &self.cut
-            };
-            ended.fetch_add(1, Ordering::Relaxed);
+            // Idle, it closes at once, in the middle of a head too; else the answer is the last one.
+            Pin::new(&mut connection).graceful_shutdown();
+            served = drain.cut.run_until_cancelled(&mut connection).await;
+            if self.shutdown.is_cancelled() {
+                let ended = if served.is_some() {
+                    &self.finished
+                } else {
+                    &self.cut
+                };
+                ended.fetch_add(1, Ordering::Relaxed);
+            }
         }
-        match served {
-            Some(Ok(())) => {}
+        let more_expected = match served {
+            Some(Ok(())) => content.load(Ordering::Relaxed),
             Some(Err(error)) => {
                 let cause = error.source().map(ToString::to_string);
                 tracing::debug!(%error, cause, "connection ended early");
+                if !error.is_parse() {
+                    return;
+                }
+                true
             }
-            // Before the connection is dropped, so that its body's observer can tell.
-            None => info.queue.set_cut(Cut::Drained),
+            None => {
+                // Before the connection is dropped, so that its body's observer can tell.
+                info.queue.set_cut(Cut::Drained);
+                return;
+            }
+        };
+        let lingering = connection.into_parts().io.linger(more_expected);
+        // Cut or done, it is over.
+        let _ = drain.cut.run_until_cancelled(lingering).await;
+    }
+}
+
+/// The connections there are, so that some can be asked to make room.
+#[derive(Default)]
+struct Guests {
+    next: AtomicU64,
+    present: Mutex<HashMap<u64, Guest>>,
+}
+
+struct Guest {
+    queue: SendQueue,
+    leave: CancellationToken,
+}
+
+impl Guests {
+    /// How long a connection may owe us a request before it may have to make room: many round trips, so that who
+    /// has just come or just been answered can ask.
+    const GRACE: Duration = Duration::from_secs(1);
+
+    /// Counts a connection as present until the guard is dropped.
+    fn enter(&self, queue: &SendQueue, leave: &CancellationToken) -> Present<'_> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let guest = Guest {
+            queue: queue.clone(),
+            leave: leave.clone(),
+        };
+        self.present.lock().insert(id, guest);
+        Present { guests: self, id }
+    }
+
+    /// Asks those to leave who have owed us a request for longest, those first who never sent a whole one. Returns how
+    /// many were asked: up to one in 64 of `limit`, so that a flood does not make us look at all connections for
+    /// each new one.
+    fn displace(&self, limit: usize) -> usize {
+        let now = Instant::now();
+        let present = self.present.lock();
+        let mut idle: Vec<_> = present
+            .values()
+            .filter(|guest| !guest.leave.is_cancelled())
+            .filter_map(|guest| match guest.queue.standing() {
+                Standing::Idle { since, expecting } if now - since >= Self::GRACE => {
+                    Some((expecting == Expecting::Next, since, &guest.leave))
+                }
+                Standing::Idle { .. } | Standing::Busy => None,
+            })
+            .collect();
+        idle.sort_unstable_by_key(|(known, since, _)| (*known, *since));
+        idle.truncate(limit.div_ceil(64));
+        for (_, _, leave) in &idle {
+            leave.cancel();
         }
+        idle.len()
+    }
+}
+
+struct Present<'a> {
+    guests: &'a Guests,
+    id: u64,
+}
+
+impl Drop for Present<'_> {
+    fn drop(&mut self) {
+        self.guests.present.lock().remove(&self.id);
     }
 }
 
@@ -276,6 +398,9 @@ struct Places {
 }
 
 impl Places {
+    /// Who was not idle for long enough may be by then.
+    const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
     fn new(limit: usize) -> Self {
         Self {
             free: Arc::new(Semaphore::new(limit)),
@@ -284,8 +409,8 @@ impl Places {
         }
     }
 
-    /// Waits for a free place. Cancel safe.
-    async fn take(&mut self) -> OwnedSemaphorePermit {
+    /// Waits for a free place, calling `make_room` now and then. Cancel safe.
+    async fn take(&mut self, make_room: impl Fn()) -> OwnedSemaphorePermit {
         if let Ok(place) = Arc::clone(&self.free).try_acquire_owned() {
             self.full = false;
             return place;
@@ -294,38 +419,27 @@ impl Places {
             self.full = true;
             tracing::warn!(
                 limit = self.limit,
-                "all connections are taken; further clients wait in the backlog"
+                "all connections are taken; idle ones are closed, further clients wait in the backlog"
             );
         }
-        Arc::clone(&self.free)
-            .acquire_owned()
-            .await
-            .expect("the semaphore is never closed")
+        loop {
+            make_room();
+            let free = Arc::clone(&self.free).acquire_owned();
+            if let Ok(place) = tokio::time::timeout(Self::LOOK_AGAIN, free).await {
+                return place.expect("the semaphore is never closed");
+            }
+        }
     }
 }
 
-/// Accepts a connection, however often that fails. Cancel safe.
-async fn accept(listener: &TcpListener, backoff: &mut Backoff) -> (TcpStream, SocketAddr) {
-    loop {
-        match listener.accept().await {
-            Ok(accepted) => {
-                backoff.recovered();
-                return accepted;
-            }
-            // That client's trouble, not ours.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::ConnectionAborted
-                        | io::ErrorKind::ConnectionReset
-                        | io::ErrorKind::Interrupted
-                ) =>
-            {
-                tracing::debug!(%error, "a client was gone before it was accepted");
-            }
-            Err(error) => backoff.wait(&error).await,
-        }
-    }
+/// Whether an error of accept is that client's trouble, not ours.
+fn is_peers(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::Interrupted
+    )
 }
 
 /// Waits between failed accepts: out of descriptors, `accept` fails at once and for as long as the

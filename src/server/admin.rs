@@ -97,6 +97,8 @@ pub fn limits() -> Limits {
             // connection.
             idle: Duration::from_secs(75),
             progress: Duration::from_secs(10),
+            // Pages of some KiB: who has not taken one by then has not for its speed.
+            min_rate: 1 << 10,
         },
     }
 }

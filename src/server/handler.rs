@@ -10,7 +10,9 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use http::header::{CACHE_CONTROL, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, VIA};
+use http::header::{
+    CACHE_CONTROL, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING, VIA,
+};
 use http::{Request, Response};
 use http_body::Body as _;
 use tracing::{Instrument, Span, field};
@@ -190,6 +192,13 @@ impl Handler {
             return Err(Rejected::Field(format!(
                 "a request has one Host field, not {hosts}"
             )));
+        }
+        // RFC 9112 §6.1: with a Content-Length beside it, which hyper hides, two servers on the way may see the end of
+        // the request in two places. Nobody needs it to ask for an object.
+        if request.headers.contains_key(TRANSFER_ENCODING) {
+            return Err(Rejected::Field(
+                "a request for an object has no Transfer-Encoding".to_owned(),
+            ));
         }
         let (mount, key) = self
             .mounts

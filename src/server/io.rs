@@ -28,8 +28,13 @@
 //!                 ▲                                        │ head complete: hyper stops reading
 //!                 └── any byte of a response goes out ─────┘ and waits for the handler
 //!
-//!   a write waits for the client: progress_timeout, anew after every byte it takes
+//!   a write waits for the client: it may be progress_timeout behind `min_rate` (see `Credit`)
 //! ```
+//!
+//! How far a client is shows only in steps: the kernel says that a socket takes more once a part of
+//! what it was given is on its way. With the buffers it gives a fast connection, that is most of a
+//! MiB, and a client that reads 10 KB/s would seem stalled for more than a minute. Hence
+//! [`UNSENT`].
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -44,7 +49,7 @@ use futures::future::BoxFuture;
 use hyper::rt::ReadBufCursor;
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, Sleep};
 
 use super::page_in::PageIn;
@@ -56,6 +61,26 @@ const SLICE: u64 = 1 << 20;
 /// Most bytes that are sent before other tasks get their turn, however fast the client takes them.
 /// Tokio's own budget counts calls, and 128 slices would be thirty times as much.
 const BURST: u64 = 4 << 20;
+
+/// Most bytes that wait in a socket's buffer without being on their way (`TCP_NOTSENT_LOWAT`); the socket takes
+/// more when half of them are. So progress shows every 128 KiB, a stalled client costs the kernel no more than
+/// this beyond its window, and what is left in the buffer lasts a 10 Gbit/s network 100 µs.
+const UNSENT: u32 = 256 << 10;
+
+/// How long a client may take over what it still sends when its connection is to end: more than the round trip
+/// that tells it of the end.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// Most of that which is taken. Nothing that has a reason to be sent here is longer.
+const LINGER_BYTES: usize = 1 << 20;
+
+/// Sets what all connections of a listener inherit: [`UNSENT`].
+///
+/// # Errors
+/// The system's, which does not happen on Linux.
+pub(super) fn prepare(listener: &TcpListener) -> io::Result<()> {
+    socket2::SockRef::from(listener).set_tcp_notsent_lowat(UNSENT)
+}
 
 /// Stands in hyper's slice list where a file extent belongs. Not a `const` and not empty: its
 /// address is its meaning.
@@ -72,15 +97,19 @@ pub struct Timeouts {
     pub header: Duration,
     /// From accept, or the end of a response, to the first byte of a request.
     pub idle: Duration,
-    /// While we have bytes to send and the client's window takes none.
+    /// While we have bytes to send: how far a client may be behind `min_rate`. One that takes nothing is cut after
+    /// this time.
     pub progress: Duration,
+    /// Bytes a second that a client has to take, on average over the time we wait for it. 0: any byte is progress
+    /// enough.
+    pub min_rate: u64,
 }
 
 /// Why a connection was cut by us, where that is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "closed: a metric label")]
 pub enum Cut {
-    /// The client took no byte for the progress timeout.
+    /// The client was the progress timeout behind the minimum rate.
     Stalled,
     /// A file ended before its extent did.
     FileShort,
@@ -113,6 +142,7 @@ pub struct SendQueue(Arc<Shared>);
 #[derive(Debug, Default)]
 struct Shared {
     next: Mutex<Option<FileExtent>>,
+    standing: Mutex<Standing>,
     cut: OnceLock<Cut>,
     by_sendfile: AtomicU64,
     by_write: AtomicU64,
@@ -141,6 +171,15 @@ impl SendQueue {
         self.0.cut.get().copied()
     }
 
+    /// Who is waiting for whom.
+    pub(super) fn standing(&self) -> Standing {
+        *self.0.standing.lock()
+    }
+
+    fn stand(&self, standing: Standing) {
+        *self.0.standing.lock() = standing;
+    }
+
     /// Bytes that left this connection through sendfile: payload only.
     pub fn sent_by_sendfile(&self) -> u64 {
         self.0.by_sendfile.load(Ordering::Relaxed)
@@ -156,15 +195,16 @@ impl SendQueue {
 #[derive(Debug, Default)]
 struct Patience {
     sleep: Option<Pin<Box<Sleep>>>,
-    running: bool,
+    since: Option<Instant>,
 }
 
 impl Patience {
     /// `Ready` when `limit` has passed since the first call after [`Patience::stop`].
     fn poll_exhausted(&mut self, cx: &mut Context<'_>, limit: Duration) -> Poll<()> {
-        if !self.running {
-            self.running = true;
-            let deadline = Instant::now() + limit;
+        if self.since.is_none() {
+            let now = Instant::now();
+            self.since = Some(now);
+            let deadline = now + limit;
             match &mut self.sleep {
                 Some(sleep) => sleep.as_mut().reset(deadline),
                 None => self.sleep = Some(Box::pin(tokio::time::sleep_until(deadline))),
@@ -175,18 +215,83 @@ impl Patience {
             .map_or(Poll::Pending, |sleep| sleep.as_mut().poll(cx))
     }
 
-    /// What was waited for happened. The timer is left in the wheel: at worst it wakes the task
-    /// once for nothing.
-    fn stop(&mut self) {
-        self.running = false;
+    /// What was waited for happened; returns since when it was waited for. The timer is left in the
+    /// wheel: at worst it wakes the task once for nothing.
+    fn stop(&mut self) -> Option<Instant> {
+        self.since.take()
+    }
+}
+
+/// Patience with a client that has to take bytes: waiting for it uses it up, the bytes it takes renew
+/// it.
+///
+/// A client begins `progress` ahead. Each second that we wait takes one second off, each byte gives
+/// back `1 / min_rate` seconds, and never is it further ahead than at the beginning. So who takes
+/// `min_rate` on average is never cut, however unevenly it does so within `progress`; who takes a
+/// byte now and then to be spared is cut nearly as soon as who takes none. Time in which nobody waits
+/// for the client (S3 or the disk is asked) does not count.
+#[derive(Debug)]
+struct Credit {
+    left: Duration,
+    wait: Patience,
+}
+
+impl Credit {
+    fn new(timeouts: &Timeouts) -> Self {
+        Self {
+            left: timeouts.progress,
+            wait: Patience::default(),
+        }
+    }
+
+    /// The client takes nothing at the moment. `Ready` when that has used up the credit.
+    fn poll_exhausted(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.wait.poll_exhausted(cx, self.left)
+    }
+
+    /// The client would take something: it is not the one that is waited for.
+    fn pause(&mut self) {
+        if let Some(since) = self.wait.stop() {
+            self.left = self.left.saturating_sub(since.elapsed());
+        }
+    }
+
+    /// The client took `sent` bytes.
+    fn renew(&mut self, sent: usize, timeouts: &Timeouts) {
+        self.pause();
+        if self.left < timeouts.progress {
+            // More than a u64 of nanoseconds is more than any timeout.
+            let worth = (sent as u64)
+                .saturating_mul(1_000_000_000)
+                .checked_div(timeouts.min_rate)
+                .map_or(timeouts.progress, Duration::from_nanos);
+            self.left = timeouts.progress.min(self.left + worth);
+        }
     }
 }
 
 /// What the next byte from the client will belong to, as far as timeouts go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Expecting {
-    Request,
+pub(super) enum Expecting {
+    /// The first request.
+    First,
+    /// Another request.
+    Next,
+    /// A head that has begun.
     RestOfHead,
+}
+
+/// Who is waiting for whom on a connection.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) enum Standing {
+    /// We owe an answer, or bytes of one.
+    #[default]
+    Busy,
+    /// The client owes us a request.
+    Idle {
+        since: Instant,
+        expecting: Expecting,
+    },
 }
 
 /// A data connection as hyper sees it. See the [module](self) for how it works.
@@ -198,8 +303,10 @@ pub struct SendfileIo {
     loading: Option<BoxFuture<'static, ()>>,
     timeouts: Timeouts,
     expecting: Expecting,
+    /// What the queue says: [`Standing::Idle`].
+    is_idle: bool,
     read_wait: Patience,
-    write_wait: Patience,
+    credit: Credit,
     /// Bytes sent since the last wait or yield.
     burst: u64,
 }
@@ -214,28 +321,65 @@ impl SendfileIo {
             page_in,
             loading: None,
             timeouts,
-            expecting: Expecting::Request,
+            expecting: Expecting::First,
+            is_idle: false,
             read_wait: Patience::default(),
-            write_wait: Patience::default(),
+            credit: Credit::new(&timeouts),
             burst: 0,
         }
+    }
+
+    /// Ends a connection whose sending side is shut down, so that the client gets what was sent.
+    ///
+    /// A socket that is closed while it holds unread bytes is reset, and a reset lets the client's
+    /// kernel throw away an answer that nobody has read yet (RFC 9112 §9.6). So what the client still
+    /// sends is taken and dropped first, until it has nothing more, for [`LINGER`] and up to
+    /// [`LINGER_BYTES`]. With `expected` more is on its way even if nothing has come yet.
+    ///
+    /// Dropping the future closes at once.
+    pub(super) async fn linger(self, expected: bool) {
+        let tcp = self.tcp;
+        let drained = async {
+            let (mut left, mut expected) = (LINGER_BYTES, expected);
+            loop {
+                match drop_some(&tcp) {
+                    Ok(1..) if left == 0 => return,
+                    Ok(read @ 1..) => (left, expected) = (left.saturating_sub(read), true),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock && expected => {
+                        if tcp.readable().await.is_err() {
+                            return;
+                        }
+                    }
+                    Ok(0) | Err(_) => return,
+                }
+            }
+        };
+        // However it ended, it is closed now.
+        let _ = tokio::time::timeout(LINGER, drained).await;
     }
 
     /// Bytes went out: the client is alive, and if it was sending a head, that was complete.
     fn wrote(&mut self, sent: usize) {
         self.burst += sent as u64;
-        self.write_wait.stop();
+        self.credit.renew(sent, &self.timeouts);
         self.read_wait.stop();
-        self.expecting = Expecting::Request;
+        self.expecting = Expecting::Next;
+        self.busy();
     }
 
-    /// The socket takes nothing. `Ready` with the error that ends the connection once it has taken
-    /// nothing for too long.
+    fn busy(&mut self) {
+        if std::mem::take(&mut self.is_idle) {
+            self.queue.stand(Standing::Busy);
+        }
+    }
+
+    /// The socket takes nothing. `Ready` with the error that ends the connection once the client is
+    /// too far behind.
     fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         self.burst = 0;
-        ready!(self.write_wait.poll_exhausted(cx, self.timeouts.progress));
+        ready!(self.credit.poll_exhausted(cx));
         self.queue.set_cut(Cut::Stalled);
-        Poll::Ready(timed_out("the client takes no bytes"))
+        Poll::Ready(timed_out("the client takes too few bytes"))
     }
 
     fn poll_write_memory(
@@ -283,7 +427,7 @@ impl SendfileIo {
             // What was just loaded is not asked about again, so that a page cache under pressure
             // cannot keep us here.
             if !loaded && !PageIn::is_resident(extent, len) {
-                self.write_wait.stop();
+                self.credit.pause();
                 self.loading = Some(self.page_in.load(extent.clone(), len));
                 continue;
             }
@@ -339,20 +483,25 @@ impl hyper::rt::Read for SendfileIo {
         let mut read = ReadBuf::uninit(&mut stack[..room]);
         if let Poll::Ready(result) = Pin::new(&mut this.tcp).poll_read(cx, &mut read) {
             result?;
-            if this.expecting == Expecting::Request && !read.filled().is_empty() {
+            if this.expecting != Expecting::RestOfHead && !read.filled().is_empty() {
                 this.expecting = Expecting::RestOfHead;
                 this.read_wait.stop();
             }
+            this.busy();
             buf.put_slice(read.filled());
             return Poll::Ready(Ok(()));
         }
         let (limit, what) = match this.expecting {
-            Expecting::Request => (this.timeouts.idle, "no request came"),
+            Expecting::First | Expecting::Next => (this.timeouts.idle, "no request came"),
             Expecting::RestOfHead => (this.timeouts.header, "the request's head did not end"),
         };
-        this.read_wait
-            .poll_exhausted(cx, limit)
-            .map(|()| Err(timed_out(what)))
+        let waited = this.read_wait.poll_exhausted(cx, limit);
+        if let Some(since) = this.read_wait.since {
+            let expecting = this.expecting;
+            this.is_idle = true;
+            this.queue.stand(Standing::Idle { since, expecting });
+        }
+        waited.map(|()| Err(timed_out(what)))
     }
 }
 
@@ -399,6 +548,11 @@ impl hyper::rt::Write for SendfileIo {
     }
 }
 
+/// Not in `linger`, where its array would be a part of every connection's task.
+fn drop_some(tcp: &TcpStream) -> io::Result<usize> {
+    tcp.try_read(&mut [0; 8192])
+}
+
 fn timed_out(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, what)
 }
@@ -422,4 +576,53 @@ fn is_peer_error(error: &io::Error) -> bool {
 pub(super) fn to_usize(len: u64) -> usize {
     const { assert!(usize::BITS == 64, "pinrange needs a 64-bit target") };
     usize::try_from(len).expect("asserted to be 64 bits wide")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIMEOUTS: Timeouts = Timeouts {
+        header: Duration::ZERO,
+        idle: Duration::ZERO,
+        progress: Duration::from_secs(60),
+        min_rate: 1000,
+    };
+
+    /// Waits for `seconds`, then the client takes `bytes`; the seconds that are left then.
+    fn after(credit: &mut Credit, seconds: u64, bytes: usize) -> u64 {
+        credit.wait.since = Instant::now().checked_sub(Duration::from_secs(seconds));
+        credit.renew(bytes, &TIMEOUTS);
+        // The test itself takes a moment.
+        (credit.left + Duration::from_millis(500)).as_secs()
+    }
+
+    #[test]
+    fn a_byte_now_and_then_renews_no_patience_and_the_minimum_rate_does() {
+        let mut credit = Credit::new(&TIMEOUTS);
+        assert_eq!(after(&mut credit, 40, 1), 20);
+        assert_eq!(after(&mut credit, 15, 1), 5);
+        assert_eq!(after(&mut credit, 4, 30_000), 31, "thirty seconds' worth");
+        assert_eq!(
+            after(&mut credit, 31, 31_000),
+            31,
+            "as fast as it has to be"
+        );
+        assert_eq!(after(&mut credit, 59, 10 << 20), 60, "never further ahead");
+        assert_eq!(after(&mut credit, 61, 0), 0);
+    }
+
+    #[test]
+    fn without_a_minimum_rate_any_byte_is_enough() {
+        let mut credit = Credit::new(&TIMEOUTS);
+        credit.left = Duration::from_secs(1);
+        credit.renew(
+            1,
+            &Timeouts {
+                min_rate: 0,
+                ..TIMEOUTS
+            },
+        );
+        assert_eq!(credit.left, TIMEOUTS.progress);
+    }
 }

@@ -165,7 +165,6 @@ impl Replica {
                 fan_out: config.cache.fan_out,
                 part_size: part_size.get(),
             },
-            metrics.clone(),
         );
         let (readiness, is_ready) = watch::channel(Readiness::Ready);
         let operator = Operator {
@@ -197,6 +196,7 @@ impl Replica {
                 header: config.server.header_timeout,
                 idle: config.server.idle_timeout,
                 progress: config.server.progress_timeout,
+                min_rate: config.server.min_rate,
             },
         };
         let page_in = PageIn::new()?;
@@ -472,5 +472,13 @@ impl super::accept::Handler for Handler {
 
     fn connections(&self, delta: i64) {
         self.metrics().connections(delta);
+    }
+
+    fn displaced(&self, count: usize) {
+        self.metrics().connections_displaced(count as u64);
+    }
+
+    fn accept_failed(&self) {
+        self.metrics().accept_failed();
     }
 }

@@ -296,9 +296,7 @@ impl Tiers {
         });
         let key = target.key.key();
         let (representation, read) = if target.get.head.method == Method::Head {
-            let stat = self
-                .retrying(target, "stat", || target.remote().stat(key, None))
-                .await?;
+            let stat = self.origin(target).stat(key, None).await?;
             (Arc::new(stat), None)
         } else {
             let unless = held.as_ref().map(|held| held.revision().validator.clone());
@@ -357,36 +355,23 @@ impl Tiers {
     ) -> Result<Current, OpenError> {
         let key = target.key.key();
         let want = self.label_want(target.get.head);
-        let read = self
-            .retrying(target, "read_current", || {
-                target.remote().read_current(key, Some(want), unless)
-            })
-            .await;
-        match read {
-            Err(error) => match error.remote_kind() {
-                // Either the object is empty, or the range begins beyond its end.
-                Some(RemoteErrorKind::Unsatisfiable { size }) => {
-                    if size.is_none_or(|size| size == 0) {
-                        let whole = self
-                            .retrying(target, "read_current", || {
-                                target.remote().read_current(key, None, unless)
-                            })
-                            .await?;
-                        return Ok(whole);
-                    }
-                    let stat = self
-                        .retrying(target, "stat", || target.remote().stat(key, None))
-                        .await?;
-                    Ok(Current::Read(RemoteRead {
-                        representation: stat,
-                        range: None,
-                        body: Box::pin(futures::stream::empty()),
-                    }))
-                }
-                _ => Err(error),
+        let origin = self.origin(target);
+        let size = match origin.read_current(key, Some(want), unless).await {
+            Ok(current) => return Ok(current),
+            Err(error) => match error.kind {
+                RemoteErrorKind::Unsatisfiable { size } => size,
+                _ => return Err(error.into()),
             },
-            Ok(current) => Ok(current),
+        };
+        // Either the object is empty, or the range begins beyond its end.
+        if size.is_none_or(|size| size == 0) {
+            return Ok(origin.read_current(key, None, unless).await?);
         }
+        Ok(Current::Read(RemoteRead {
+            representation: origin.stat(key, None).await?,
+            range: None,
+            body: Box::pin(futures::stream::empty()),
+        }))
     }
 
     fn label_want(&self, head: &RequestHead) -> RangeSpec {
@@ -419,10 +404,7 @@ impl Tiers {
             return Ok(stored);
         }
         let key = target.key.key();
-        let stat = self
-            .retrying(target, "stat", || target.remote().stat(key, None))
-            .await?;
-        Ok(Arc::new(stat))
+        Ok(Arc::new(self.origin(target).stat(key, None).await?))
     }
 
     fn remember(

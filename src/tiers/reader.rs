@@ -17,17 +17,15 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use bytes::Bytes;
-use futures::StreamExt;
 use futures::future::BoxFuture;
-use futures::stream::BoxStream;
 
 use super::{Forwarded, OpenError, TierSettings, Trace};
 use crate::disk::{HeldRevision, Step};
-use crate::fill::{FillError, FillSource, Filler, Follow, Retries, Span, timed_read};
+use crate::fill::{FillError, FillSource, Filler, Follow, Span};
+use crate::origin::{ALWAYS, Download};
 use crate::payload::{BodyError, ChunkSource, Payload};
-use crate::remote::{RemoteError, RemoteErrorKind};
+use crate::remote::RemoteError;
 use crate::semantics::ByteRange;
-use crate::telemetry::Metrics;
 
 /// Where a response's bytes come from.
 pub struct Reader {
@@ -44,7 +42,6 @@ enum State {
 struct Inner {
     filler: Arc<Filler>,
     settings: TierSettings,
-    metrics: Metrics,
     source: FillSource,
     held: Option<Arc<HeldRevision>>,
     /// Fills under way at or beyond the position, by position.
@@ -62,14 +59,12 @@ impl Reader {
     pub(super) fn new(
         filler: Arc<Filler>,
         settings: TierSettings,
-        metrics: Metrics,
         source: FillSource,
         held: Option<Arc<HeldRevision>>,
     ) -> Self {
         let inner = Inner {
             filler,
             settings,
-            metrics,
             source,
             held,
             follows: Vec::new(),
@@ -368,20 +363,22 @@ impl Inner {
     /// Waits for the remote's answer to the first missing stretch, to all of them where the range is no
     /// longer than a part (so that a response of one GET each for two gaps is not cut between
     /// them), and for the first byte where it is missing. `false`: things changed; look again.
+    ///
+    /// What others' flights were answered before counts as held: it says nothing of what the remote has now.
     async fn hold_back(
         &mut self,
         first: ByteRange,
         gap: ByteRange,
         within: ByteRange,
     ) -> Result<bool, FillError> {
-        let needed = if within.len() <= self.settings.part_size {
-            self.follows.len()
-        } else {
-            1
-        };
-        for follow in self.follows.iter_mut().take(needed) {
+        let wide = within.len() > self.settings.part_size;
+        for follow in &mut self.follows {
+            let news = !follow.has_answer();
             let answered = follow.answered().await?;
             self.held.get_or_insert(answered.held);
+            if wide && news {
+                break;
+            }
         }
         match self.follows.first_mut() {
             None => Ok(false),
@@ -403,15 +400,18 @@ impl Inner {
 
     /// Opens a guarded read past the disk and waits for its first frame.
     async fn open_direct(&mut self, gap: ByteRange) -> Result<(), OpenError> {
+        let origin = self.source.origin(self.filler.origins());
+        let guard = self.source.guard();
+        let download = origin
+            .download(guard, gap.start(), gap.end(), ALWAYS)
+            .await?;
         let mut direct = Direct {
             offset: gap.start(),
             end: gap.end(),
-            body: futures::stream::empty().boxed(),
+            download,
             ready: Bytes::new(),
-            retries: Retries::new(self.source.retries),
         };
-        direct.reopen(&self.source, &self.metrics).await?;
-        direct.frame(&self.source, &self.metrics).await?;
+        direct.frame().await?;
         self.direct = Some(direct);
         Ok(())
     }
@@ -423,7 +423,7 @@ impl Inner {
         if direct.offset >= direct.end {
             return Ok(None);
         }
-        direct.frame(&self.source, &self.metrics).await?;
+        direct.frame().await?;
         let most = usize::try_from(range.len()).unwrap_or(usize::MAX);
         let chunk = direct.ready.split_to(direct.ready.len().min(most));
         direct.offset += chunk.len() as u64;
@@ -435,55 +435,17 @@ impl Inner {
 struct Direct {
     offset: u64,
     end: u64,
-    body: BoxStream<'static, Result<Bytes, RemoteError>>,
+    download: Download,
     /// At `offset`: the one frame that is held.
     ready: Bytes,
-    retries: Retries,
 }
 
 impl Direct {
-    async fn reopen(&mut self, source: &FillSource, metrics: &Metrics) -> Result<(), RemoteError> {
-        let rest = ByteRange::from_bounds(self.offset, self.end).ok_or_else(|| {
-            RemoteError::new(RemoteErrorKind::Protocol, "read", "nothing is left to read")
-        })?;
-        let guard = source.guard();
-        loop {
-            match timed_read(metrics, "read", source.remote.read(&guard, rest.spec())).await {
-                Ok(read) => {
-                    self.body = read.body;
-                    return Ok(());
-                }
-                Err(error) => self.retries.pause(error).await?,
-            }
-        }
-    }
-
-    /// Makes `ready` not empty.
-    async fn frame(&mut self, source: &FillSource, metrics: &Metrics) -> Result<(), RemoteError> {
-        while self.ready.is_empty() {
-            match self.body.next().await {
-                Some(Ok(bytes)) => {
-                    metrics.remote_bytes(bytes.len() as u64);
-                    if !bytes.is_empty() {
-                        // Patience is for standing still: this one read may last for hours.
-                        self.retries = Retries::new(source.retries);
-                    }
-                    self.ready = bytes;
-                }
-                Some(Err(error)) => {
-                    self.retries.pause(error).await?;
-                    self.reopen(source, metrics).await?;
-                }
-                None => {
-                    let error = RemoteError::new(
-                        RemoteErrorKind::Unavailable,
-                        "read",
-                        "the body ended before its range did",
-                    );
-                    self.retries.pause(error).await?;
-                    self.reopen(source, metrics).await?;
-                }
-            }
+    /// Makes `ready` not empty, where there is something left.
+    async fn frame(&mut self) -> Result<(), RemoteError> {
+        if self.ready.is_empty() {
+            let mut frames = self.download.frames(1, ALWAYS).await?;
+            self.ready = frames.pop().unwrap_or_default();
         }
         Ok(())
     }

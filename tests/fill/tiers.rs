@@ -62,12 +62,7 @@ impl Replica {
             fan_out: 2,
             part_size: PART,
         };
-        let tiers = Tiers::new(
-            Arc::clone(&disk),
-            Arc::clone(&filler),
-            settings,
-            Metrics::default(),
-        );
+        let tiers = Tiers::new(Arc::clone(&disk), Arc::clone(&filler), settings);
         Self {
             remote,
             mount,

@@ -18,6 +18,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod faults;
 mod semantics_doc;
 mod world;
 
@@ -254,17 +255,18 @@ async fn an_outage_outranks_412_and_404() {
         404
     );
     for (effect, status) in [
+        (Effect::InternalError, 503),
+        (Effect::AccessDenied, 502),
+        (Effect::WrongETag, 502),
+        (Effect::WrongContentRange, 502),
+        (Effect::IgnoreRange, 502),
+        // The last, for S3 is not asked again while it wants to be left alone.
         (
             Effect::SlowDown {
                 retry_after: Some(7),
             },
             503,
         ),
-        (Effect::InternalError, 503),
-        (Effect::AccessDenied, 502),
-        (Effect::WrongETag, 502),
-        (Effect::WrongContentRange, 502),
-        (Effect::IgnoreRange, 502),
     ] {
         world.s3.script(Fault::new(effect.clone()).times(2));
         let answer = world
@@ -355,24 +357,31 @@ async fn a_reset_is_resumed_at_the_exact_offset() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_head_waits_for_the_first_missing_stretch() {
-    let world = World::new().await;
-    let object = bytes(12, 2 * PART);
-    let tag = world.put("object", &object);
-    let first = world
-        .get("/m/object", &[("if-match", &tag), ("range", "bytes=0-99")])
-        .await;
-    assert_eq!(first.status, 206);
-    // The disk holds the start, S3 has another revision by now: 412, not 206 and a cut.
-    world.put("object", &bytes(13, 2 * PART));
-    let answer = world.get("/m/object", &[("if-match", &tag)]).await;
-    assert_eq!(answer.status, 412);
-    let held = world
-        .get("/m/object", &[("if-match", &tag), ("range", "bytes=0-99")])
-        .await;
-    assert_eq!((held.status, held.body), (206, object[..100].to_vec()));
+    // The disk holds the start, or somebody else's flight is about to bring it.
+    for in_flight in [false, true] {
+        let world = World::new().await;
+        let object = bytes(12, 2 * PART);
+        let tag = world.put("object", &object);
+        if in_flight {
+            world.s3.script(Fault::new(Effect::StallAfter {
+                bytes: 1_000,
+                duration: None,
+            }));
+        }
+        let start = [("if-match", tag.as_str()), ("range", "bytes=0-99")];
+        let first = world.get("/m/object", &start).await;
+        assert_eq!(first.status, 206);
+        // S3 has another revision by now: 412, not 206 and a cut.
+        world.put("object", &bytes(13, 2 * PART));
+        let answer = world.get("/m/object", &[("if-match", &tag)]).await;
+        assert_eq!(answer.status, 412, "in flight: {in_flight}");
+        if !in_flight {
+            let held = world.get("/m/object", &start).await;
+            assert_eq!((held.status, held.body), (206, object[..100].to_vec()));
+        }
+    }
 }
 
-/// Replaces the object before or after each of the remote's requests in turn.
 #[tokio::test(flavor = "multi_thread")]
 async fn swap_between_any_two_requests() {
     let whole = bytes(14, 2 * PART);

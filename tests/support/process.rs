@@ -102,6 +102,18 @@ pub(crate) struct Running {
 }
 
 impl Running {
+    /// Bytes of memory that it has at the moment.
+    pub(crate) fn resident(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.expect("it runs");
+        let kib = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+        1024 * kib
+            .and_then(|kib| kib.parse::<u64>().ok())
+            .expect("Linux says so")
+    }
+
     /// Starts `command`; its stdout is what the caller made it.
     pub(crate) fn start(command: &mut Command) -> Self {
         let mut child = command
