@@ -377,16 +377,19 @@ async fn what_is_read_again_outlives_a_scan_of_many_times_the_capacity() {
     let tier = open(dir.path());
     // From here on what is new begins in the small queue.
     scan(&tier, 100..117).await;
-    let hot = put(&tier, "hot", 4 * SEGMENT).await;
-    let once = put(&tier, "once", 4 * SEGMENT).await;
-    for _ in 0..3 {
-        assert_holds(&hot, "hot", range(0, 4 * SEGMENT)).await;
+    let hot = ["hot 1", "hot 2", "hot 3"];
+    let whole = range(0, SEGMENT);
+    for name in hot {
+        let held = put(&tier, name, SEGMENT).await;
+        for _ in 0..3 {
+            assert_holds(&held, name, whole).await;
+        }
     }
-    assert_holds(&once, "once", range(0, 4 * SEGMENT)).await;
     scan(&tier, 0..60).await;
-    assert_holds(&hot, "hot", range(0, 4 * SEGMENT)).await;
-    let whole = range(0, 4 * SEGMENT);
-    assert_eq!(once.first_missing(whole), Some(whole));
+    for name in hot {
+        let held = tier.load(&revision(name, "a")).await.unwrap();
+        assert_holds(&held, name, whole).await;
+    }
 
     tier.flush().await.unwrap();
     let stats = tier.stats();
@@ -401,7 +404,7 @@ async fn what_is_read_again_outlives_a_scan_of_many_times_the_capacity() {
         stats.evicted_small_bytes + stats.evicted_main_bytes,
         stats.evictions * SEGMENT
     );
-    assert_eq!(85 * SEGMENT - stats.used_bytes, stats.evictions * SEGMENT);
+    assert_eq!(80 * SEGMENT - stats.used_bytes, stats.evictions * SEGMENT);
 }
 
 /// A downloader in small chunks, some of which it asks for at once, is one visit.
@@ -1087,6 +1090,10 @@ impl Gate {
         self.changed.wait_while(&mut state, |state| !state.waiting);
     }
 
+    fn close(&self) {
+        self.state.lock().open = false;
+    }
+
     fn open(&self) {
         self.state.lock().open = true;
         self.changed.notify_all();
@@ -1150,6 +1157,49 @@ async fn min_free_is_left_to_others() {
     };
     let tier = DiskTier::open(greedy).unwrap();
     assert!(matches!(tier.reserve(1).await, Err(DiskError::NoRoom)));
+}
+
+/// All that the catalog knows of the small queue is being sent, and the rest of it has no row yet: that is waited for. What is
+/// hot does not go in its place.
+#[tokio::test]
+async fn what_is_hot_does_not_go_instead_of_what_has_no_row_yet() {
+    let dir = tempfile::tempdir().unwrap();
+    let (gate, tier) = gated(dir.path());
+    gate.open();
+    let whole = range(0, SEGMENT);
+    let hot = put(&tier, "hot", SEGMENT).await;
+    for _ in 0..3 {
+        assert_holds(&hot, "hot", whole).await;
+    }
+    let mut sent = Vec::new();
+    for count in 0..13 {
+        let held = put(&tier, &format!("sent {count}"), SEGMENT).await;
+        let Step::Present(extent) = held.step(whole) else {
+            panic!("it was just written")
+        };
+        sent.push(extent);
+    }
+    tier.flush().await.unwrap();
+    gate.close();
+    let newest = [
+        put(&tier, "new 1", SEGMENT).await,
+        put(&tier, "new 2", SEGMENT).await,
+    ];
+    assert_eq!(tier.stats().used_bytes, CAPACITY);
+    let mut reserving = {
+        let tier = Arc::clone(&tier);
+        tokio::spawn(async move { tier.reserve(SEGMENT).await })
+    };
+    // On a slow machine it may not have got that far, and the rest of the test says less.
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut reserving).await;
+    assert!(early.is_err(), "something went that had a row");
+    gate.open();
+    drop(reserving.await.unwrap().unwrap());
+    assert_eq!(hot.first_missing(whole), None);
+    let gone = newest
+        .iter()
+        .filter(|held| held.first_missing(whole).is_some());
+    assert_eq!(gone.count(), 1);
 }
 
 /// The file system is smaller than the capacity, and others fill it: what is cold makes room for them.
