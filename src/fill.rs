@@ -30,7 +30,8 @@
 //! budget (a GET that nobody wants is not made), and when a retry would be due. It leaves the map in the
 //! same step as it finds itself alone, so whoever comes then starts another one.
 //! [`Filler::forget`] (a purge) lets nothing of a flight be kept; its followers join again.
-//! [`Filler::shutdown`] drops the flights; completed blocks stay. A flight that panics fails.
+//! [`Filler::settle`] waits for the flights and calls off those that take too long, for a disk that another process
+//! is about to write. [`Filler::shutdown`] drops the flights; completed blocks stay. A flight that panics fails.
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU64;
@@ -263,7 +264,15 @@ pub struct Filler {
     era: AtomicU64,
     budget: Semaphore,
     stop: CancellationToken,
+    running: Mutex<Running>,
+}
+
+/// The flights since the last [`Filler::settle`].
+#[derive(Clone, Default)]
+struct Running {
     tasks: TaskTracker,
+    /// Ends them as if the disk took nothing any more.
+    call_off: CancellationToken,
 }
 
 impl Filler {
@@ -279,7 +288,7 @@ impl Filler {
             revisions: Mutex::default(),
             era: AtomicU64::new(0),
             stop: CancellationToken::new(),
-            tasks: TaskTracker::new(),
+            running: Mutex::default(),
         })
     }
 
@@ -460,8 +469,26 @@ impl Filler {
     /// Drops all flights and waits until they are gone. Completed blocks stay.
     pub async fn shutdown(&self) {
         self.stop.cancel();
-        self.tasks.close();
-        self.tasks.wait().await;
+        let running = self.running.lock().clone();
+        running.tasks.close();
+        running.tasks.wait().await;
+    }
+
+    /// Returns when no flight that was started before the call writes any more: they have `patience` to come to
+    /// their ends, then what is left is called off, and its followers go on past the disk. For a disk that refuses
+    /// writes from now on ([`DiskTier::refuse_writes`]), so that later flights find that out by themselves.
+    ///
+    /// Dropping the future stops waiting; what is not called off by then runs on.
+    pub async fn settle(&self, patience: Duration) {
+        let before = std::mem::take(&mut *self.running.lock());
+        before.tasks.close();
+        if tokio::time::timeout(patience, before.tasks.wait())
+            .await
+            .is_err()
+        {
+            before.call_off.cancel();
+            before.tasks.wait().await;
+        }
     }
 
     fn launch(
@@ -476,10 +503,12 @@ impl Filler {
             purged: AtomicBool::new(false),
             queued: AtomicU64::new(0),
         });
+        let running = self.running.lock().clone();
         let task = Task {
             filler: Arc::clone(self),
             source,
             flight: Arc::clone(&flight),
+            call_off: running.call_off,
         };
         let fill_span = tracing::debug_span!(
             parent: None, "fill", key = task.source.revision.key.key(), start = span.start, end = span.end
@@ -488,7 +517,7 @@ impl Filler {
         self.metrics.fill_started();
         let trace = TRACEPARENT.try_with(Clone::clone).ok().flatten();
         let run = TRACEPARENT.scope(trace, task.run(first));
-        self.tasks.spawn(run.instrument(fill_span));
+        running.tasks.spawn(run.instrument(fill_span));
         flight
     }
 
@@ -542,6 +571,7 @@ struct Task {
     filler: Arc<Filler>,
     source: FillSource,
     flight: Arc<Flight>,
+    call_off: CancellationToken,
 }
 
 impl Task {
@@ -549,6 +579,7 @@ impl Task {
         let end = tokio::select! {
             biased;
             () = self.filler.stop.cancelled() => Err(FillError::Stopped),
+            () = self.call_off.cancelled() => Err(disk(DiskError::NoRoom)),
             // A flight that stayed in the map for ever would hang all who follow it, now and later.
             // The panic itself has been reported by its hook.
             end = AssertUnwindSafe(self.fetch(first)).catch_unwind() => {

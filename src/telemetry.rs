@@ -147,6 +147,8 @@ struct Inner {
     connections_displaced: Counter,
     accept_failures: Counter,
     aborted: Family<ReasonLabel, Counter>,
+    handovers_failed: Counter,
+    takeover: Gauge<f64, AtomicU64>,
 }
 
 impl Metrics {
@@ -280,6 +282,16 @@ impl Metrics {
         self.0.aborted.get_or_create(&ReasonLabel([reason])).inc();
     }
 
+    /// Another process was about to take over and did not: this one has the cache directory again.
+    pub fn handover_failed(&self) {
+        self.0.handovers_failed.inc();
+    }
+
+    /// This process has taken over from a running one, and for so long none of the two wrote the disk tier.
+    pub fn took_over(&self, without_writer: Duration) {
+        self.0.takeover.set(without_writer.as_secs_f64());
+    }
+
     /// Everything, in the format of [`Metrics::CONTENT_TYPE`]. The disk tier counts for itself, so its
     /// numbers are handed in at each scrape; `None`: there is no disk tier (yet).
     #[expect(clippy::missing_panics_doc, reason = "writing to a String cannot fail")]
@@ -337,6 +349,8 @@ impl Default for Inner {
             connections_displaced: Counter::default(),
             accept_failures: Counter::default(),
             aborted: Family::default(),
+            handovers_failed: Counter::default(),
+            takeover: Gauge::default(),
         };
         inner.registered()
     }
@@ -383,6 +397,17 @@ impl Inner {
             "aborted",
             "Bodies that were cut after their head, by reason",
             self.aborted.clone(),
+        );
+        registry.register(
+            "handovers_failed",
+            "Processes that were about to take over and did not",
+            self.handovers_failed.clone(),
+        );
+        registry.register_with_unit(
+            "takeover_without_writer",
+            "How long nobody wrote the disk tier while this process took over from a running one; 0: it did not",
+            Unit::Seconds,
+            self.takeover.clone(),
         );
         registry.register(
             "connections",
@@ -764,6 +789,8 @@ mod tests {
         metrics.open_responses(1);
         metrics.connections(2);
         metrics.aborted("remote");
+        metrics.handover_failed();
+        metrics.took_over(Duration::from_millis(250));
     }
 
     fn disk_stats() -> DiskStats {
@@ -855,6 +882,8 @@ mod tests {
             ("pinrange_open_responses", "1"),
             ("pinrange_connections", "2"),
             ("pinrange_aborted_total{reason=\"remote\"}", "1"),
+            ("pinrange_handovers_failed_total", "1"),
+            ("pinrange_takeover_without_writer_seconds", "0.25"),
             ("pinrange_disk_used_bytes", "10"),
             ("pinrange_disk_capacity_bytes", "20"),
             ("pinrange_disk_evictions_total", "3"),

@@ -122,6 +122,15 @@ fn systemd_takes_the_unit_and_finds_it_hardened() {
         concat!(env!("CARGO_BIN_EXE_pinrange"), " "),
     );
     std::fs::write(&path, here).unwrap();
+    let socket = dir.path().join("pinrange.socket");
+    std::fs::write(&socket, deployed("pinrange.socket")).unwrap();
+    let output = Command::new(&analyze)
+        .arg("verify")
+        .arg(&socket)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.is_empty(), "{said}");
     // 1.2 when this was written. What is left is a root directory of its own and the network.
     for check in [
         &["verify"] as &[_],
@@ -159,7 +168,14 @@ fn the_unit_agrees_with_the_defaults() {
         unit("RestartPreventExitStatus"),
         [format!("{EX_USAGE} {EX_CONFIG}")]
     );
-    for command in [unit("ExecStartPre"), unit("ExecStart")].concat() {
+    // The process that takes over is not the main one when it says that it is now.
+    assert_eq!(
+        (&unit("Type")[0][..], &unit("NotifyAccess")[0][..]),
+        ("notify", "all")
+    );
+    let mut reload = unit("ExecReload");
+    assert_eq!(reload.pop().as_deref(), Some("/bin/kill -HUP $MAINPID"));
+    for command in [unit("ExecStartPre"), unit("ExecStart"), reload].concat() {
         let mut words = command.split(' ');
         assert_eq!(words.next(), Some("/usr/local/bin/pinrange"));
         let said = Command::new(env!("CARGO_BIN_EXE_pinrange"))
@@ -168,6 +184,22 @@ fn the_unit_agrees_with_the_defaults() {
             .unwrap();
         assert!(said.status.success(), "{command}");
     }
+}
+
+#[test]
+fn the_socket_unit_agrees_with_the_defaults() {
+    let unit = deployed("pinrange.socket");
+    let config = load(&deployed("pinrange.example.toml"), &[]);
+    let listen = format!("ListenStream={}", config.server.listen);
+    // One name for all sockets of a unit, so it has one socket.
+    for line in [&listen, "FileDescriptorName=data"] {
+        assert_eq!(
+            unit.lines().filter(|found| *found == line).count(),
+            1,
+            "{line}"
+        );
+    }
+    assert_eq!(unit.matches("\nListen").count(), 1);
 }
 
 // === the image ===

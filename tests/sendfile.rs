@@ -20,7 +20,7 @@ use hyper::body::Incoming;
 use pinrange::disk::FileExtent;
 use pinrange::payload::{BodyError, ChunkSource, Payload};
 use pinrange::semantics::{ByteRange, RangeSpec};
-use pinrange::server::accept::{Acceptor, ConnInfo, DrainReport, Handler, Limits};
+use pinrange::server::accept::{Acceptor, ConnInfo, DrainReport, Ending, Handler, Limits};
 use pinrange::server::body::{BodyEnd, BodyObserver, Part, ResponseBody};
 use pinrange::server::io::{SendQueue, Timeouts};
 use pinrange::server::page_in::PageIn;
@@ -28,7 +28,6 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
 
 /// Not a multiple of anything.
 const SIZE: u64 = (9 << 20) + 12_345;
@@ -206,7 +205,7 @@ struct Server {
     page_in: PageIn,
     file: Arc<File>,
     accept_failures: Arc<AtomicUsize>,
-    shutdown: CancellationToken,
+    ending: Ending,
     running: JoinHandle<DrainReport>,
 }
 
@@ -259,8 +258,8 @@ impl Server {
         let accept_failures = Arc::clone(&handler.accept_failures);
         let page_in = PageIn::new().unwrap();
         let acceptor = Acceptor::new(listener, Arc::new(handler), limits, page_in.clone());
-        let shutdown = CancellationToken::new();
-        let running = tokio::spawn(acceptor.run(shutdown.clone(), Duration::from_millis(500)));
+        let ending = Ending::default();
+        let running = tokio::spawn(acceptor.run(ending.clone(), Duration::from_millis(500)));
         Self {
             addr,
             content,
@@ -270,7 +269,7 @@ impl Server {
             page_in,
             file,
             accept_failures,
-            shutdown,
+            ending,
             running,
         }
     }
@@ -795,7 +794,7 @@ async fn draining_closes_idle_connections_and_finishes_running_bodies() {
     running.send("/gated/0-5000000").await;
     let head = running.head().await;
 
-    server.shutdown.cancel();
+    server.ending.close_idle();
     idle.closed().await;
     let refused = TcpStream::connect(server.addr).await.unwrap_err();
     assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
@@ -819,7 +818,7 @@ async fn draining_cuts_what_does_not_end_in_time() {
     let mut running = server.connect().await;
     running.send("/gated/0-5000000").await;
     let head = running.head().await;
-    server.shutdown.cancel();
+    server.ending.close_idle();
     let end = server.end().await;
     assert_eq!(end.abort.unwrap().reason, "drained");
     assert!(running.body(&head).await.is_empty());

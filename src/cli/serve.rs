@@ -5,18 +5,33 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use super::demo::own_credentials;
-use super::{EX_CANTCREAT, one_line};
+use super::{EX_CANTCREAT, EX_OSERR, one_line};
 use crate::config::{Config, MountConfig};
 use crate::remote::s3::CredentialSource;
-use crate::server::replica::{Replica, raise_descriptor_limit, run_until_signal};
+use crate::server::replica::{Replica, raise_descriptor_limit, run_until_ended};
+use crate::server::systemd::Inherited;
 use crate::strict_s3::{Options, StrictS3};
 
 /// Bucket name of `--dev`.
 const DEV_BUCKET: &str = "dev";
 
-/// Runs a replica until SIGTERM or SIGINT; a second signal ends it at once.
-pub async fn run(mut config: Config) -> ExitCode {
+/// Runs a replica until SIGTERM or SIGINT, a second of which ends it at once, or until another process has taken over.
+///
+/// To be called before there are threads, for the sake of the environment.
+pub fn run(config: Config) -> impl Future<Output = ExitCode> {
+    let inherited = Inherited::from_environment(config.server.listen, config.server.admin);
+    serve(config, inherited)
+}
+
+async fn serve(mut config: Config, inherited: Result<Inherited, String>) -> ExitCode {
     raise_descriptor_limit();
+    let inherited = match inherited {
+        Ok(inherited) => inherited,
+        Err(problem) => {
+            eprintln!("pinrange: {problem}");
+            return ExitCode::from(EX_OSERR);
+        }
+    };
     let dev = match config.dev.clone() {
         None => None,
         Some(dir) => match start_dev(&mut config, &dir).await {
@@ -35,7 +50,7 @@ pub async fn run(mut config: Config) -> ExitCode {
     } else {
         CredentialSource::Chain
     };
-    let replica = match Replica::start(&config, &credentials).await {
+    let replica = match Replica::start_on(&config, &credentials, inherited).await {
         Ok(replica) => replica,
         Err(error) => {
             eprintln!("pinrange: {}", one_line(&error));
@@ -51,7 +66,7 @@ pub async fn run(mut config: Config) -> ExitCode {
              AWS_ACCESS_KEY_ID=x AWS_SECRET_ACCESS_KEY=x aws --endpoint-url {endpoint} s3 cp FILE s3://{DEV_BUCKET}/FILE"
         );
     }
-    let code = run_until_signal(replica).await;
+    let code = run_until_ended(replica).await;
     if let Some(s3) = dev {
         s3.shutdown().await;
     }

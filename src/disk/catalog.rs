@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
-use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction, params};
 
 use super::coverage::Coverage;
 use super::durability::{KernelSync, Syncer};
@@ -211,6 +211,15 @@ pub(super) struct Batch {
     pub(super) forgotten: Vec<i64>,
 }
 
+/// What only memory knows at the end of a run.
+#[derive(Debug, Default)]
+pub(super) struct Left {
+    /// Bytes served of each segment.
+    pub(super) served: Vec<(SegmentId, u64)>,
+    /// See [`super::policy::Policy::save`].
+    pub(super) ghosts: Vec<u8>,
+}
+
 /// What a purge deleted.
 #[derive(Debug, Default)]
 pub(super) struct Deleted {
@@ -328,22 +337,43 @@ impl Catalog {
             .map_err(|_| DiskError::Catalog("the tier has been closed".into()))
     }
 
-    /// The orderly end: records what was served and the ghosts, marks the run clean and makes it all durable.
-    pub(super) fn close(
-        &self,
-        served: &[(SegmentId, u64)],
-        ghosts: &[u8],
-    ) -> Result<(), DiskError> {
+    /// [`close`](Self::close), but what it holds can still be looked up, read-only: another process may write it now.
+    /// Returns the bytes that it counted in segment files.
+    pub(super) fn release(&self, dir: &Path, left: &Left) -> Result<u64, DiskError> {
+        // Until the reader is there, so that nobody finds neither.
         let mut slot = self.db.lock();
-        let Some(mut db) = slot.take() else {
-            return Ok(());
-        };
-        db.write(Commit::Durable, |tx| {
-            record_served(tx, served)?;
-            tx.execute("INSERT INTO ghosts (saved) VALUES (?1)", [ghosts])?;
-            tx.execute("UPDATE meta SET value = 1 WHERE name = 'clean'", [])?;
-            Ok(())
-        })
+        let reader = connect_to_read(&dir.join(FILE)).map_err(|error| catalog_error(&error));
+        if let Some(db) = slot.take() {
+            db.end(left)?;
+        }
+        let reader = slot.insert(Db {
+            connection: reader?,
+            run: 0,
+            dir: dir.to_owned(),
+        });
+        reader
+            .read(|connection| meta(connection, "bytes"))
+            .map(unsigned)
+    }
+
+    /// Begins a run of its own again after [`release`](Self::release), as [`open`](Self::open) does.
+    pub(super) fn reopen(&self, dir: &Path, sync: &dyn Syncer) -> Result<Start, DiskError> {
+        let (opened, start) = Self::open(dir, sync)?;
+        *self.db.lock() = opened.db.into_inner();
+        Ok(start)
+    }
+
+    /// Ends a connection that [`release`](Self::release) left for reading.
+    pub(super) fn stop_reading(&self) {
+        *self.db.lock() = None;
+    }
+
+    /// The orderly end: records what is `left`, marks the run clean and makes it all durable.
+    pub(super) fn close(&self, left: &Left) -> Result<(), DiskError> {
+        match self.db.lock().take() {
+            Some(db) => db.end(left),
+            None => Ok(()),
+        }
     }
 }
 
@@ -357,6 +387,16 @@ pub(super) enum Commit {
 }
 
 impl Db {
+    /// The last transaction of a run.
+    fn end(mut self, left: &Left) -> Result<(), DiskError> {
+        self.write(Commit::Durable, |tx| {
+            record_served(tx, &left.served)?;
+            tx.execute("INSERT INTO ghosts (saved) VALUES (?1)", [&left.ghosts])?;
+            tx.execute("UPDATE meta SET value = 1 WHERE name = 'clean'", [])?;
+            Ok(())
+        })
+    }
+
     fn begin_run(&mut self) -> Result<Start, DiskError> {
         self.write(Commit::Ordered, |tx| {
             if meta(tx, "clean")? == 0 {
@@ -853,6 +893,16 @@ fn connect(dir: &Path) -> Result<Connection, Refused> {
         failpoint::reached(dir, Step::Migrated);
     }
     // Touches each table that a start needs, so that damage there shows now.
+    meta(&connection, "bytes")?;
+    Ok(connection)
+}
+
+/// For a process that may look, while another one writes.
+fn connect_to_read(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(Duration::from_secs(5))?;
+    // Reads something, so that a catalog that cannot be read is noticed now.
     meta(&connection, "bytes")?;
     Ok(connection)
 }

@@ -174,6 +174,13 @@ impl Queue {
         self.wake.notify_one();
     }
 
+    /// Takes entries again, once the thread has ended and another one is about to be started.
+    pub(super) fn reopen(&self) {
+        let mut state = self.state.lock();
+        // What was set to be current meanwhile would be older than what the other process learned.
+        *state = QueueState::default();
+    }
+
     fn push(&self, add: impl FnOnce(&mut QueueState)) {
         let mut state = self.state.lock();
         if state.closed {

@@ -467,7 +467,7 @@ impl State {
             queue: Queue::Small,
             place: 0,
             stored_served: row.served,
-            suspect: row.run <= shared.suspect_run,
+            suspect: row.run <= shared.suspect_run.load(Ordering::Acquire),
             recorded: true,
         };
         self.add(row.idx, segment);

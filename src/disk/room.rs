@@ -76,6 +76,13 @@ impl Room {
         })
     }
 
+    /// The sum of segment files was `before` when another process took them over, and is `after` now.
+    pub(super) fn recount(&self, before: u64, after: u64) {
+        // Never below what is still open here: `before` is part of `used`.
+        self.used.fetch_add(after, Ordering::AcqRel);
+        self.used.fetch_sub(before, Ordering::AcqRel);
+    }
+
     /// The file that held these bytes is gone, and nobody had it open.
     pub(super) fn release(&self, bytes: u64) {
         self.used.fetch_sub(bytes, Ordering::AcqRel);

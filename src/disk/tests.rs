@@ -5,6 +5,7 @@
 )]
 
 mod crash;
+mod release;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;

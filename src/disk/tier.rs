@@ -21,7 +21,7 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -29,7 +29,9 @@ use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 use tokio::sync::oneshot;
 
-use super::catalog::{Candidate, Catalog, Db, Moved, SegmentId, StoredRevision};
+use super::catalog::{
+    Candidate, Catalog, Checkpointer, Db, Left, Moved, SegmentId, Start, StoredRevision,
+};
 use super::durability::{self, KernelSync, Queue, Syncer};
 use super::failpoint::{self, Step};
 use super::held::{HeldRevision, Segment, SegmentKey};
@@ -82,7 +84,7 @@ pub(super) struct Shared {
     file_system: FileSystem,
     pub(super) trouble: Trouble,
     /// Segments recorded by this run or an earlier one are verified before they are served.
-    pub(super) suspect_run: i64,
+    pub(super) suspect_run: AtomicI64,
     revisions: Mutex<Revisions>,
     /// One eviction at a time, else each would evict for all.
     evictor: Mutex<()>,
@@ -95,7 +97,11 @@ pub(super) struct Shared {
     opening: Vec<Arc<tokio::sync::Mutex<()>>>,
     max_open_files: usize,
     closed: AtomicBool,
+    /// Another process may write the directory: here it is at most read. Set under the catalog's lock.
+    released: AtomicBool,
     lock: Mutex<Option<File>>,
+    /// What the catalog counted when another process was let in.
+    released_bytes: AtomicU64,
     evictions: AtomicU64,
     /// By queue.
     evicted_bytes: [AtomicU64; 2],
@@ -182,15 +188,9 @@ impl DiskTier {
         make_shards(&dir, seams.sync.as_ref())?;
         let (catalog, start) = Catalog::open(&dir, seams.sync.as_ref())?;
         let checkpointer = Catalog::checkpointer(&dir)?;
-        let reader = Catalog::reader(&dir)?;
         let mut random = File::open("/dev/urandom")
             .map_err(|error| DiskError::io("open", Path::new("/dev/urandom"), error))?;
-        let standing = Standing {
-            small: start.bytes.saturating_sub(start.main_bytes),
-            main: start.main_bytes,
-        };
-        let mut policy = Policy::new(config.capacity, standing);
-        policy.restore(&start.ghosts);
+        let policy = policy_of(config.capacity, &start);
         let shared = Arc::new(Shared {
             min_free: config.min_free,
             block_size: config.block_size,
@@ -201,7 +201,7 @@ impl DiskTier {
             sync: seams.sync,
             file_system: seams.file_system,
             trouble: Trouble::default(),
-            suspect_run: start.suspect_run,
+            suspect_run: AtomicI64::new(start.suspect_run),
             revisions: Mutex::new(Revisions {
                 by_name: HashMap::new(),
                 limit: seams.revisions_in_memory,
@@ -216,13 +216,26 @@ impl DiskTier {
             opening: (0..64).map(|_| Arc::default()).collect(),
             max_open_files: seams.max_open_files,
             closed: AtomicBool::new(false),
+            released: AtomicBool::new(false),
             lock: Mutex::new(Some(lock)),
+            released_bytes: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
             evicted_bytes: Default::default(),
             quarantines: AtomicU64::new(0),
             swept: SweptSoFar::default(),
             dir,
         });
+        let tier = Self {
+            shared,
+            worker: Mutex::new(None),
+            sweeper: Mutex::new(None),
+        };
+        tier.begin(start, checkpointer)?;
+        Ok(Arc::new(tier))
+    }
+
+    /// Starts the threads of a run.
+    fn begin(&self, start: Start, checkpointer: Checkpointer) -> Result<(), DiskError> {
         if start.suspect_run == start.run - 1 && start.suspect_run > 0 {
             tracing::warn!(
                 "the last run did not end orderly: segments it recorded are verified at their first use"
@@ -232,23 +245,20 @@ impl DiskTier {
             std::thread::Builder::new()
                 .name(name.into())
                 .spawn(work)
-                .map_err(|error| DiskError::io("start a thread for", &shared.dir, error))
+                .map_err(|error| DiskError::io("start a thread for", &self.shared.dir, error))
         };
-        let me = Arc::clone(&shared);
-        let worker = spawn(
+        let me = Arc::clone(&self.shared);
+        *self.worker.lock() = Some(spawn(
             "disk-durability",
             Box::new(move || durability::run(&me, checkpointer)),
-        )?;
-        let me = Arc::clone(&shared);
-        let sweeper = spawn(
+        )?);
+        let me = Arc::clone(&self.shared);
+        let reader = Catalog::reader(&me.dir)?;
+        *self.sweeper.lock() = Some(spawn(
             "disk-sweep",
             Box::new(move || sweep::run(&me, &reader, start.last_revision)),
-        )?;
-        Ok(Arc::new(Self {
-            shared,
-            worker: Mutex::new(Some(worker)),
-            sweeper: Mutex::new(Some(sweeper)),
-        }))
+        )?);
+        Ok(())
     }
 
     /// Unit of coverage in bytes.
@@ -388,10 +398,74 @@ impl DiskTier {
     /// # Errors
     /// [`DiskError::Catalog`] if that could not be recorded; the next start verifies instead.
     pub async fn close(&self) -> Result<(), DiskError> {
+        self.end(|shared, left| shared.catalog.close(left)).await?;
+        self.shared.catalog.stop_reading();
+        Ok(())
+    }
+
+    /// Reservations are refused from here on; what was reserved before can still be written. The first step of
+    /// [`release`](Self::release), so that writers can come to their end before the second.
+    pub fn refuse_writes(&self) {
         self.shared.closed.store(true, Ordering::Release);
-        self.shared.queue.close();
-        let threads = [self.worker.lock().take(), self.sweeper.lock().take()];
+    }
+
+    /// Closes the tier in order, for another process to write it, and goes on reading: [`load`](Self::load) finds
+    /// what the catalog holds at that very moment, whoever recorded it, and nothing is kept in memory, so that what the
+    /// other process purges is not found here either. Writers have to be gone before.
+    ///
+    /// Cancelling does not stop it.
+    ///
+    /// # Errors
+    /// [`DiskError::Catalog`] if it could not be closed in order or cannot be read: it is closed then, and what it
+    /// held is not found until [`reclaim`](Self::reclaim).
+    pub async fn release(&self) -> Result<(), DiskError> {
+        self.end(|shared, left| {
+            let bytes = shared.catalog.release(&shared.dir, left)?;
+            shared.released_bytes.store(bytes, Ordering::Release);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Undoes [`release`](Self::release), when the other process has gone without having taken the tier for good.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open): [`DiskError::Locked`] while the other process lives.
+    pub async fn reclaim(self: &Arc<Self>) -> Result<(), DiskError> {
+        let me = Arc::clone(self);
+        blocking(move || {
+            let shared = &me.shared;
+            let lock = lock(&shared.dir)?;
+            let start = shared.catalog.reopen(&shared.dir, shared.sync.as_ref())?;
+            let checkpointer = Catalog::checkpointer(&shared.dir)?;
+            shared
+                .suspect_run
+                .store(start.suspect_run, Ordering::Release);
+            shared
+                .clock
+                .fetch_max(start.last_place + 1, Ordering::Relaxed);
+            *shared.policy.lock() = policy_of(shared.room.capacity(), &start);
+            let before = shared.released_bytes.load(Ordering::Acquire);
+            shared.room.recount(before, start.bytes);
+            shared.queue.reopen();
+            me.begin(start, checkpointer)?;
+            *shared.lock.lock() = Some(lock);
+            shared.released.store(false, Ordering::Release);
+            shared.closed.store(false, Ordering::Release);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Ends the run: threads, memory, the catalog by `close`, the lock.
+    async fn end(
+        &self,
+        close: impl FnOnce(&Shared, &Left) -> Result<(), DiskError> + Send + 'static,
+    ) -> Result<(), DiskError> {
         let shared = Arc::clone(&self.shared);
+        shared.closed.store(true, Ordering::Release);
+        shared.queue.close();
+        let threads = [self.worker.lock().take(), self.sweeper.lock().take()];
         blocking(move || {
             for thread in threads.into_iter().flatten() {
                 if thread.join().is_err() {
@@ -400,10 +474,19 @@ impl DiskTier {
                     ));
                 }
             }
-            let held = std::mem::take(&mut shared.revisions.lock().by_name);
-            let served: Vec<_> = held.values().flat_map(served_since_recorded).collect();
-            let ghosts = shared.policy.lock().save();
-            let closed = shared.catalog.close(&served, &ghosts);
+            let held = {
+                // So that a load either put into memory what is taken out here, or sees that it must not.
+                let _db = shared.catalog.lock();
+                if shared.released.swap(true, Ordering::AcqRel) {
+                    return Ok(());
+                }
+                std::mem::take(&mut shared.revisions.lock().by_name)
+            };
+            let left = Left {
+                served: held.values().flat_map(served_since_recorded).collect(),
+                ghosts: shared.policy.lock().save(),
+            };
+            let closed = close(&shared, &left);
             shared.reached(Step::Closed);
             *shared.lock.lock() = None;
             closed
@@ -519,6 +602,10 @@ impl Shared {
         if bare || stored.block_size != self.block_size {
             return Ok(None);
         }
+        if self.is_released() {
+            // Not kept: the process that writes now may purge it.
+            return Ok(Some(HeldRevision::new(self, revision, stored)));
+        }
         Ok(Some(self.insert(revision, stored)))
     }
 
@@ -575,8 +662,17 @@ impl Shared {
         held
     }
 
+    fn is_released(&self) -> bool {
+        self.released.load(Ordering::Acquire)
+    }
+
     fn purge(&self, target: &PurgeTarget) -> Result<Purged, DiskError> {
         let mut db = self.catalog.lock()?;
+        if self.is_released() {
+            return Err(DiskError::Catalog(
+                "another process is taking the cache directory over: ask again".into(),
+            ));
+        }
         self.queue.forget_current(|key| target.matches(key));
         let deleted = db.purge(target)?;
         self.reached(Step::Purged);
@@ -643,6 +739,10 @@ impl Shared {
         let Some(segment) = held.state.lock().segments.remove(&key) else {
             return;
         };
+        if self.is_released() {
+            // Evicted or purged by the process that writes now, which finds out itself if it was neither.
+            return;
+        }
         let id = held.segment_id(key, &segment);
         self.quarantines.fetch_add(1, Ordering::Relaxed);
         tracing::error!(
@@ -1068,6 +1168,17 @@ pub(super) async fn blocking<T: Send + 'static>(
             Err(_) => Err(DiskError::Catalog("the runtime is shutting down".into())),
         },
     }
+}
+
+/// The policy as the last run left it.
+fn policy_of(capacity: u64, start: &Start) -> Policy {
+    let standing = Standing {
+        small: start.bytes.saturating_sub(start.main_bytes),
+        main: start.main_bytes,
+    };
+    let mut policy = Policy::new(capacity, standing);
+    policy.restore(&start.ghosts);
+    policy
 }
 
 fn segment_size(capacity: u64, block_size: u64) -> u64 {

@@ -10,12 +10,17 @@
 //! is quick to ask neither. The same is done when descriptors run out.
 //!
 //! ```text
-//!  accepting ── shutdown ──► draining ── all done, or drain_timeout ──► report
-//!     │                         │ idle connections close at once, a running
-//!     │ accept failed           │ response ends and closes; at the timeout the rest is cut
-//!     ▼
+//!  accepting ──► accepting, every response ──► draining ──► idle connections ──► report
+//!     │          is its connection's last        │           are closed
+//!     │ accept failed                            │ a running response ends and closes;
+//!     ▼                                          ▼ at the drain timeout the rest is cut
 //!  back off 10 ms … 1 s when we are out of something (descriptors, memory)
 //! ```
+//!
+//! An [`Ending`] takes these steps. They are apart because a client that keeps a connection open may send its next
+//! request at the very moment we close it, and HTTP/1.1 has no answer to that (RFC 9112 §9.5). One that was told
+//! `Connection: close` with its last response does not; so the longer idle connections are left alone, the fewer
+//! requests run into a close.
 //!
 //! A connection ends with its answer read, as far as that is in our hands: see
 //! `SendfileIo::linger`.
@@ -35,6 +40,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response};
 use http_body::Body as _;
 use hyper::body::Incoming;
@@ -104,6 +110,37 @@ pub struct DrainReport {
     pub cut: usize,
 }
 
+/// How a listener comes to its end: each step is taken once, in this order, and none can be taken back. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Ending {
+    last_responses: Arc<AtomicBool>,
+    no_more: CancellationToken,
+    idle: CancellationToken,
+}
+
+impl Ending {
+    /// Every response from now on says `Connection: close` (RFC 9112 §9.6). Connections are still taken.
+    pub fn announce(&self) {
+        self.last_responses.store(true, Ordering::Relaxed);
+    }
+
+    /// No connection is taken any more; the drain timeout begins.
+    pub fn stop_accepting(&self) {
+        self.announce();
+        self.no_more.cancel();
+    }
+
+    /// Connections without a response under way are closed.
+    pub fn close_idle(&self) {
+        self.stop_accepting();
+        self.idle.cancel();
+    }
+
+    fn is_announced(&self) -> bool {
+        self.last_responses.load(Ordering::Relaxed)
+    }
+}
+
 /// A listener and everything needed to serve its connections.
 pub struct Acceptor<H> {
     listener: TcpListener,
@@ -143,11 +180,11 @@ impl<H: Handler> Acceptor<H> {
         }
     }
 
-    /// Accepts until `shutdown` is cancelled, then closes the listener and drains for at most
+    /// Accepts until `ending` says to stop, then closes the listener and drains for at most
     /// `drain_timeout`.
     ///
     /// Dropping the future closes the listener and leaves the connections to themselves.
-    pub async fn run(self, shutdown: CancellationToken, drain_timeout: Duration) -> DrainReport {
+    pub async fn run(self, ending: Ending, drain_timeout: Duration) -> DrainReport {
         let Self {
             listener,
             handler,
@@ -161,13 +198,13 @@ impl<H: Handler> Acceptor<H> {
             http,
             timeouts: limits.timeouts,
             guests: Guests::default(),
-            shutdown: shutdown.clone(),
+            ending: ending.clone(),
             finished: AtomicUsize::new(0),
             cut: AtomicUsize::new(0),
         });
         let connections = TaskTracker::new();
         let drain = Drain {
-            begin: shutdown.clone(),
+            begin: ending.idle.clone(),
             cut: CancellationToken::new(),
         };
         let accepting = async {
@@ -204,7 +241,7 @@ impl<H: Handler> Acceptor<H> {
             }
         };
         // It accepts until it is told to stop, so there is no other way out.
-        let None::<Infallible> = shutdown.run_until_cancelled(accepting).await;
+        let None::<Infallible> = ending.no_more.run_until_cancelled(accepting).await;
         drop(listener);
 
         connections.close();
@@ -212,6 +249,7 @@ impl<H: Handler> Acceptor<H> {
             .await
             .is_err()
         {
+            ending.close_idle();
             drain.cut.cancel();
             connections.wait().await;
         }
@@ -229,15 +267,14 @@ struct Serving<H> {
     http: http1::Builder,
     timeouts: Timeouts,
     guests: Guests,
-    /// Tells a drain from a connection that makes room.
-    shutdown: CancellationToken,
+    ending: Ending,
     /// Connections that saw the drain begin and ended by themselves.
     finished: AtomicUsize,
     /// Connections that were cut at its end.
     cut: AtomicUsize,
 }
 
-/// The two steps of a shutdown, as a connection sees them.
+/// The steps of an end that a connection waits for: it has nothing under way and is to be closed, or is to be cut.
 struct Drain {
     begin: CancellationToken,
     cut: CancellationToken,
@@ -267,9 +304,18 @@ impl<H: Handler> Serving<H> {
         let content = AtomicBool::new(false);
         // Borrowed, not shared: requests touch no reference count that all workers share.
         let (handler, conn, has_content) = (&*self.handler, &info, &content);
+        let ending = &self.ending;
         let service = service_fn(move |request: Request<Incoming>| {
             has_content.store(!request.body().is_end_stream(), Ordering::Relaxed);
-            async move { Ok::<_, Infallible>(handler.handle(request, conn).await) }
+            async move {
+                let mut response = handler.handle(request, conn).await;
+                if ending.is_announced() {
+                    // hyper closes the connection behind it.
+                    let close = HeaderValue::from_static("close");
+                    response.headers_mut().insert(CONNECTION, close);
+                }
+                Ok::<_, Infallible>(response)
+            }
         });
         let mut connection = self.http.serve_connection(io, service);
 
@@ -277,15 +323,20 @@ impl<H: Handler> Serving<H> {
         if served.is_none() {
             // Idle, it closes at once, in the middle of a head too; else the answer is the last one.
             Pin::new(&mut connection).graceful_shutdown();
-            served = drain.cut.run_until_cancelled(&mut connection).await;
-            if self.shutdown.is_cancelled() {
-                let ended = if served.is_some() {
-                    &self.finished
-                } else {
-                    &self.cut
-                };
-                ended.fetch_add(1, Ordering::Relaxed);
-            }
+            // In this order: at the timeout, idle ones are closed and not cut.
+            served = tokio::select! {
+                biased;
+                served = &mut connection => Some(served),
+                () = drain.cut.cancelled() => None,
+            };
+        }
+        if self.ending.no_more.is_cancelled() {
+            let ended = if served.is_some() {
+                &self.finished
+            } else {
+                &self.cut
+            };
+            ended.fetch_add(1, Ordering::Relaxed);
         }
         let more_expected = match served {
             Some(Ok(())) => content.load(Ordering::Relaxed),

@@ -193,9 +193,8 @@ mod tests {
     use parking_lot::Mutex;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::{TcpListener, TcpStream};
-    use tokio_util::sync::CancellationToken;
 
-    use super::super::accept::Acceptor;
+    use super::super::accept::{Acceptor, Ending};
     use super::super::page_in::PageIn;
     use super::*;
 
@@ -243,7 +242,7 @@ mod tests {
             let addr = listener.local_addr().unwrap();
             let handler = Arc::new(Admin(Arc::clone(&fake)));
             let acceptor = Acceptor::new(listener, handler, limits(), PageIn::new().unwrap());
-            tokio::spawn(acceptor.run(CancellationToken::new(), Duration::ZERO));
+            tokio::spawn(acceptor.run(Ending::default(), Duration::ZERO));
             Self { fake, addr }
         }
 

@@ -15,6 +15,8 @@
 //! - [`body`]: what a response's body is made of, and how its end is observed.
 //! - [`respond`]: every status code there is.
 //! - [`admin`]: health, metrics and purge, on a listener of their own.
+//! - [`replica`]: starts and ends all of it. [`handover`] passes it to another process, [`systemd`] speaks to the
+//!   service manager.
 //!
 //! Three rules hold the module together. Whatever fails after the head cuts the connection (P3). No
 //! payload byte of a disk hit is copied (P7), so nobody below the handler looks at a body. And no
@@ -24,7 +26,9 @@ pub mod accept;
 pub mod admin;
 pub mod body;
 pub mod handler;
+mod handover;
 pub mod io;
 pub mod page_in;
 pub mod replica;
 pub mod respond;
+pub mod systemd;
