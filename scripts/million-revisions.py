@@ -240,7 +240,7 @@ def make(options, directory, revisions):
                 os.link(source, segment(directory, incarnation))
             batch.append((number, rows["revisions"]["id"] + 1 + number, incarnation))
         insert(database, "revisions", [rows["revisions"] | {"id": id, "key": f"seed-{n:07}"} for n, id, _ in batch])
-        segments = [{"revision": id, "incarnation": name, "last_used": 1_000 + n} for n, id, name in batch]
+        segments = [{"revision": id, "incarnation": name, "place": 1_000 + n} for n, id, name in batch]
         insert(database, "segments", [rows["segments"] | row for row in segments])
         # A rowid of its own where the table has one.
         insert(database, "checksums", [rows["checksums"] | {"incarnation": name} for _, _, name in batch])

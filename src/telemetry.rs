@@ -558,11 +558,27 @@ fn disk_registry(stats: &DiskStats) -> Registry {
         "Segments evicted",
         ConstCounter::new(stats.evictions),
     );
+    let held = Family::<QueueLabel, Gauge<u64, AtomicU64>>::default();
+    let evicted = Family::<QueueLabel, Counter>::default();
+    for (queue, bytes, gone) in [
+        ("small", stats.small_bytes, stats.evicted_small_bytes),
+        ("main", stats.main_bytes, stats.evicted_main_bytes),
+    ] {
+        let label = QueueLabel::from([queue]);
+        held.get_or_create(&label).set(bytes);
+        evicted.get_or_create(&label).inc_by(gone);
+    }
     registry.register_with_unit(
-        "evicted",
-        "Bytes evicted",
+        "queue",
+        "Bytes held, by queue: small was read once so far, main again",
         Unit::Bytes,
-        ConstCounter::new(stats.evicted_bytes),
+        held,
+    );
+    registry.register_with_unit("evicted", "Bytes evicted, by queue", Unit::Bytes, evicted);
+    registry.register(
+        "ghost_hits",
+        "Segments fetched again soon after the small queue let them go: many say that the cache is too small",
+        ConstCounter::new(stats.ghost_hits),
     );
     registry.register(
         "quarantines",
@@ -673,6 +689,7 @@ labels! {
     OpLabel["op"];
     OutcomeLabel["outcome"];
     ReasonLabel["reason"];
+    QueueLabel["queue"];
     VersionLabel["version"];
 }
 
@@ -837,16 +854,16 @@ mod tests {
         metrics.took_over(Duration::from_millis(250));
     }
 
-    #[test]
-    #[expect(clippy::too_many_lines, reason = "most of them are a table")]
-    fn what_is_recorded_can_be_scraped() {
-        let metrics = Metrics::default();
-        record_everything(&metrics.clone());
-        let stats = DiskStats {
+    fn disk_stats() -> DiskStats {
+        DiskStats {
             used_bytes: 10,
             capacity_bytes: 20,
             evictions: 3,
-            evicted_bytes: 4,
+            small_bytes: 4,
+            main_bytes: 8,
+            evicted_small_bytes: 9,
+            evicted_main_bytes: 11,
+            ghost_hits: 12,
             quarantines: 6,
             open_files: 7,
             revisions_in_memory: 5,
@@ -860,8 +877,15 @@ mod tests {
             degraded: true,
             out: true,
             ..DiskStats::default()
-        };
-        let samples = parse(&metrics.encode(Some(&stats)));
+        }
+    }
+
+    #[test]
+    #[expect(clippy::too_many_lines, reason = "most of them are a table")]
+    fn what_is_recorded_can_be_scraped() {
+        let metrics = Metrics::default();
+        record_everything(&metrics.clone());
+        let samples = parse(&metrics.encode(Some(&disk_stats())));
         for (series, value) in [
             (
                 "pinrange_requests_total{verdict=\"partial\",tier=\"disk\"}",
@@ -926,7 +950,11 @@ mod tests {
             ("pinrange_disk_used_bytes", "10"),
             ("pinrange_disk_capacity_bytes", "20"),
             ("pinrange_disk_evictions_total", "3"),
-            ("pinrange_disk_evicted_bytes_total", "4"),
+            ("pinrange_disk_queue_bytes{queue=\"small\"}", "4"),
+            ("pinrange_disk_queue_bytes{queue=\"main\"}", "8"),
+            ("pinrange_disk_evicted_bytes_total{queue=\"small\"}", "9"),
+            ("pinrange_disk_evicted_bytes_total{queue=\"main\"}", "11"),
+            ("pinrange_disk_ghost_hits_total", "12"),
             ("pinrange_disk_quarantines_total", "6"),
             ("pinrange_rescues_total", "2"),
             ("pinrange_disk_open_files", "7"),

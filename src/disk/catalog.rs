@@ -1,9 +1,13 @@
 //! The catalog: what is on disk, in SQLite.
 //!
-//! Four tables. `objects` remembers what was current for a key; `revisions` names the bytes;
+//! `objects` remembers what was current for a key; `revisions` names the bytes;
 //! `segments` says which blocks of which file hold them; `checksums` has two CRCs per block and is
 //! apart so that the first touch of a revision reads only bits. `meta` holds the sum of all
-//! segments' bytes, kept by triggers, so that a start reads one row however much is held.
+//! segments' bytes, and that of those in the main queue, kept by triggers, so that a start reads two rows however
+//! much is held.
+//!
+//! The two queues of [`super::policy`] are an index over `segments`: `queue` is 0 for small, 1 for main, and `place`
+//! gives the order in it. `ghosts` has the policy's memory from an orderly end to the next start.
 //!
 //! There is one connection behind one lock, and [`super::tier`] holds that lock from a read of the
 //! catalog until memory agrees with it. That is what makes loads, admissions, evictions and purges
@@ -29,13 +33,15 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transac
 use super::coverage::{Coverage, Geometry};
 use super::durability::{KernelSync, Syncer};
 use super::failpoint::{self, Step};
+use super::policy::Queue;
 use super::revive::{Identity, identity, useless};
 use super::sums::{BlockSum, SegmentSums};
 use super::{CurrentRecord, DiskError, PurgeTarget, Whole};
 use crate::object::{ObjectKey, Representation, Revision, Validator};
 
 /// Migrations in order; `user_version` is how many were applied. Append only.
-const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO meta (name, value) VALUES
     ('bytes', 0), ('objects', 0), ('run', 0), ('suspect_run', 0), ('clean', 1), ('syncs', 0);
@@ -92,6 +98,27 @@ ALTER TABLE segments ADD COLUMN seal INTEGER;
 ALTER TABLE checksums ADD COLUMN crc64s BLOB;
 -- The whole object's checksum that the remote said and the bytes had, or 'none': it has none. NULL: not compared yet.
 ALTER TABLE revisions ADD COLUMN whole TEXT;
+", "
+-- Two queues instead of one order of last use: what was least recently used goes first, as before.
+DROP INDEX segments_by_age;
+ALTER TABLE segments RENAME COLUMN last_used TO place;
+ALTER TABLE segments ADD COLUMN queue INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE segments ADD COLUMN served INTEGER NOT NULL DEFAULT 0;
+CREATE INDEX segments_by_place ON segments (queue, place);
+CREATE TABLE ghosts (saved BLOB NOT NULL);
+
+INSERT INTO meta (name, value) VALUES ('main_bytes', 0);
+CREATE TRIGGER segments_insert_main AFTER INSERT ON segments WHEN new.queue = 1 BEGIN
+    UPDATE meta SET value = value + new.bytes WHERE name = 'main_bytes';
+END;
+CREATE TRIGGER segments_update_main AFTER UPDATE OF bytes, queue ON segments
+WHEN new.queue = 1 OR old.queue = 1 BEGIN
+    UPDATE meta SET value = value + new.bytes * new.queue - old.bytes * old.queue
+        WHERE name = 'main_bytes';
+END;
+CREATE TRIGGER segments_delete_main AFTER DELETE ON segments WHEN old.queue = 1 BEGIN
+    UPDATE meta SET value = value - old.bytes WHERE name = 'main_bytes';
+END;
 "];
 
 /// Most rows of `objects`. They are small (about 300 bytes) and worth something only while the
@@ -127,7 +154,7 @@ pub(super) struct StoredSegment {
     pub(super) run: i64,
     pub(super) bits: Vec<u8>,
     pub(super) bytes: u64,
-    pub(super) last_used: u64,
+    pub(super) served: u64,
 }
 
 /// One revision as the catalog knows it.
@@ -172,7 +199,17 @@ pub(super) struct Candidate {
     pub(super) id: SegmentId,
     pub(super) revision: Revision,
     pub(super) bytes: u64,
-    pub(super) last_used: u64,
+    pub(super) place: u64,
+    pub(super) served: u64,
+}
+
+/// A row's way to the end of a queue.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Moved {
+    pub(super) id: SegmentId,
+    pub(super) queue: Queue,
+    pub(super) place: u64,
+    pub(super) served: u64,
 }
 
 /// What became true of one segment file: its new blocks are synced.
@@ -182,7 +219,10 @@ pub(super) struct SegmentCommit {
     /// Blocks of the segment.
     pub(super) blocks: u32,
     pub(super) bytes: u64,
-    pub(super) last_used: u64,
+    /// Where it begins; a row that is there stays where it is.
+    pub(super) queue: Queue,
+    pub(super) place: u64,
+    pub(super) served: u64,
     pub(super) covered: Vec<(u32, BlockSum)>,
 }
 
@@ -190,8 +230,8 @@ pub(super) struct SegmentCommit {
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     pub(super) segments: Vec<SegmentCommit>,
-    /// Recency of segments that memory forgets.
-    pub(super) touched: Vec<(SegmentId, u64)>,
+    /// Bytes served of segments that memory forgets.
+    pub(super) served: Vec<(SegmentId, u64)>,
     /// Segments whose checksums were verified by this run.
     pub(super) verified: Vec<SegmentId>,
     pub(super) representations: Vec<(i64, Arc<Representation>)>,
@@ -227,6 +267,15 @@ pub(super) enum ScrubOrder {
     After(Option<SegmentId>),
 }
 
+/// What only memory knows at the end of a run.
+#[derive(Debug, Default)]
+pub(super) struct Left {
+    /// Bytes served of each segment.
+    pub(super) served: Vec<(SegmentId, u64)>,
+    /// See [`super::policy::Policy::save`].
+    pub(super) ghosts: Vec<u8>,
+}
+
 /// What a purge deleted.
 #[derive(Debug, Default)]
 pub(super) struct Deleted {
@@ -238,7 +287,7 @@ pub(super) struct Deleted {
 }
 
 /// What a start needs to know.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) struct Start {
     /// Number of this run.
     pub(super) run: i64,
@@ -246,10 +295,14 @@ pub(super) struct Start {
     pub(super) suspect_run: i64,
     /// Bytes in segment files.
     pub(super) bytes: u64,
-    /// The highest recency stamp.
-    pub(super) last_used: u64,
+    /// Those of them that stand in the main queue.
+    pub(super) main_bytes: u64,
+    /// The last place in either queue.
+    pub(super) last_place: u64,
     /// Revisions up to this id are older than this run.
     pub(super) last_revision: i64,
+    /// What the policy remembered at the last orderly end; nothing after another.
+    pub(super) ghosts: Vec<u8>,
 }
 
 /// The lock around the one connection; closed for good by [`Catalog::close`].
@@ -399,16 +452,12 @@ impl Catalog {
 
     /// [`close`](Self::close), but what it holds can still be looked up, read-only: another process may write it now.
     /// Returns the bytes that it counted in segment files.
-    pub(super) fn release(
-        &self,
-        dir: &Path,
-        touched: &[(SegmentId, u64)],
-    ) -> Result<u64, DiskError> {
+    pub(super) fn release(&self, dir: &Path, left: &Left) -> Result<u64, DiskError> {
         // Until the reader is there, so that nobody finds neither.
         let mut slot = self.db.lock();
         let reader = connect_to_read(&dir.join(FILE)).map_err(|error| catalog_error(&error));
         if let Some(db) = slot.take() {
-            db.end(touched)?;
+            db.end(left)?;
         }
         let reader = slot.insert(Db {
             connection: reader?,
@@ -432,10 +481,10 @@ impl Catalog {
         *self.db.lock() = None;
     }
 
-    /// The orderly end: records `touched`, marks the run clean and makes it all durable.
-    pub(super) fn close(&self, touched: &[(SegmentId, u64)]) -> Result<(), DiskError> {
+    /// The orderly end: records what is `left`, marks the run clean and makes it all durable.
+    pub(super) fn close(&self, left: &Left) -> Result<(), DiskError> {
         match self.db.lock().take() {
-            Some(db) => db.end(touched),
+            Some(db) => db.end(left),
             None => Ok(()),
         }
     }
@@ -452,9 +501,10 @@ pub(super) enum Commit {
 
 impl Db {
     /// The last transaction of a run.
-    fn end(mut self, touched: &[(SegmentId, u64)]) -> Result<(), DiskError> {
+    fn end(mut self, left: &Left) -> Result<(), DiskError> {
         self.write(Commit::Durable, |tx| {
-            touch(tx, touched)?;
+            record_served(tx, &left.served)?;
+            tx.execute("INSERT INTO ghosts (saved) VALUES (?1)", [&left.ghosts])?;
             tx.execute("UPDATE meta SET value = 1 WHERE name = 'clean'", [])?;
             Ok(())
         })
@@ -515,14 +565,27 @@ impl Db {
             }
             tx.execute("UPDATE meta SET value = value + 1 WHERE name = 'run'", [])?;
             tx.execute("UPDATE meta SET value = 0 WHERE name = 'clean'", [])?;
-            let last_used: Option<i64> =
-                tx.query_row("SELECT max(last_used) FROM segments", [], |row| row.get(0))?;
+            // Each of the two is one step in the index.
+            let last_place: i64 = tx.query_row(
+                "SELECT max(
+                    (SELECT coalesce(max(place), 0) FROM segments WHERE queue = 0),
+                    (SELECT coalesce(max(place), 0) FROM segments WHERE queue = 1))",
+                [],
+                |row| row.get(0),
+            )?;
+            let ghosts: Option<Vec<u8>> = tx
+                .query_row("SELECT saved FROM ghosts", [], |row| row.get(0))
+                .optional()?;
+            // They are true at this moment only.
+            tx.execute("DELETE FROM ghosts", [])?;
             Ok(Start {
                 run: meta(tx, "run")?,
                 suspect_run: meta(tx, "suspect_run")?,
                 bytes: unsigned(meta(tx, "bytes")?),
-                last_used: unsigned(last_used.unwrap_or(0)),
+                main_bytes: unsigned(meta(tx, "main_bytes")?),
+                last_place: unsigned(last_place),
                 last_revision: last_revision(tx)?,
+                ghosts: ghosts.unwrap_or_default(),
             })
         })
     }
@@ -639,7 +702,7 @@ impl Db {
             for segment in &batch.segments {
                 commit_segment(tx, segment, run)?;
             }
-            touch(tx, &batch.touched)?;
+            record_served(tx, &batch.served)?;
             for id in &batch.verified {
                 stamp_verified(tx, id, run)?;
             }
@@ -686,17 +749,27 @@ impl Db {
         })
     }
 
-    /// The `limit` rows used longest ago.
-    pub(super) fn oldest(&self, limit: u32) -> Result<Vec<Candidate>, DiskError> {
+    /// Bytes in the main queue.
+    pub(super) fn main_bytes(&self) -> Result<u64, DiskError> {
+        self.read(|connection| Ok(unsigned(meta(connection, "main_bytes")?)))
+    }
+
+    /// The first `limit` rows of a queue from `place` on.
+    pub(super) fn heads(
+        &self,
+        queue: Queue,
+        place: u64,
+        limit: u32,
+    ) -> Result<Vec<Candidate>, DiskError> {
         self.read(|connection| {
             connection
                 .prepare_cached(
-                    "SELECT s.revision, s.idx, s.incarnation, s.bytes, s.last_used,
-                        r.store, r.key, r.validator
+                    "SELECT s.revision, s.idx, s.incarnation, s.bytes, s.served,
+                        r.store, r.key, r.validator, s.place
                      FROM segments s JOIN revisions r ON r.id = s.revision
-                     ORDER BY s.last_used LIMIT ?1",
+                     WHERE s.queue = ?1 AND s.place >= ?2 ORDER BY s.place LIMIT ?3",
                 )?
-                .query_map([limit], |row| {
+                .query_map(params![number(queue), signed(place), limit], |row| {
                     Ok(Candidate {
                         id: SegmentId {
                             revision: row.get(0)?,
@@ -704,7 +777,8 @@ impl Db {
                             incarnation: incarnation(row, 2)?,
                         },
                         bytes: unsigned(row.get(3)?),
-                        last_used: unsigned(row.get(4)?),
+                        served: unsigned(row.get(4)?),
+                        place: unsigned(row.get(8)?),
                         revision: revision_at(row, 5)?,
                     })
                 })?
@@ -712,16 +786,29 @@ impl Db {
         })
     }
 
-    /// Deletes the rows of `victims`, and stamps `refreshed` with their newer recency. A revision
+    /// Deletes the rows of `victims`, and puts `moved` where they stand now. A revision
     /// in `forgettable` goes too if nothing is left of it, and with it what it was current for.
     pub(super) fn evict(
         &mut self,
         victims: &[SegmentId],
-        refreshed: &[(SegmentId, u64)],
+        moved: &[Moved],
         forgettable: &[i64],
     ) -> Result<(), DiskError> {
         self.write(Commit::Ordered, |tx| {
-            touch(tx, refreshed)?;
+            for moved in moved {
+                tx.prepare_cached(
+                    "UPDATE segments SET queue = ?4, place = ?5, served = ?6
+                     WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
+                )?
+                .execute(params![
+                    moved.id.revision,
+                    signed(moved.id.idx),
+                    blob(moved.id.incarnation),
+                    number(moved.queue),
+                    signed(moved.place),
+                    signed(moved.served),
+                ])?;
+            }
             for id in victims {
                 delete_segment(tx, id)?;
             }
@@ -1143,6 +1230,14 @@ fn meta(connection: &Connection, name: &str) -> rusqlite::Result<i64> {
         .query_row([name], |row| row.get(0))
 }
 
+/// As the column `queue` has it.
+fn number(queue: Queue) -> i64 {
+    match queue {
+        Queue::Small => 0,
+        Queue::Main => 1,
+    }
+}
+
 /// The highest id ever given; ids are not reused (`AUTOINCREMENT`).
 fn last_revision(connection: &Connection) -> rusqlite::Result<i64> {
     let last: Option<i64> = connection
@@ -1189,7 +1284,7 @@ fn find(connection: &Connection, revision: &Revision) -> rusqlite::Result<Option
     };
     let rows: Vec<(StoredSegment, Option<i64>)> = connection
         .prepare_cached(
-            "SELECT idx, incarnation, run, bits, bytes, last_used, seal FROM segments
+            "SELECT idx, incarnation, run, bits, bytes, served, seal FROM segments
              WHERE revision = ?1 ORDER BY idx",
         )?
         .query_map([stored.id], |row| {
@@ -1199,7 +1294,7 @@ fn find(connection: &Connection, revision: &Revision) -> rusqlite::Result<Option
                 run: row.get(2)?,
                 bits: row.get(3)?,
                 bytes: unsigned(row.get(4)?),
-                last_used: unsigned(row.get(5)?),
+                served: unsigned(row.get(5)?),
             };
             Ok((segment, row.get(6)?))
         })?
@@ -1423,11 +1518,11 @@ fn commit_segment(tx: &Transaction<'_>, commit: &SegmentCommit, run: i64) -> rus
     let seal = named.seal(id.idx, id.incarnation, run, &bits);
     tx.prepare_cached(
         "INSERT INTO segments
-            (revision, idx, incarnation, run, bits, bytes, last_used, seal, verified)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
+            (revision, idx, incarnation, run, bits, bytes, queue, place, served, seal, verified)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
          ON CONFLICT DO UPDATE SET
             run = excluded.run, bits = excluded.bits, bytes = excluded.bytes,
-            last_used = excluded.last_used, seal = excluded.seal",
+            served = excluded.served, seal = excluded.seal",
     )?
     .execute(params![
         id.revision,
@@ -1436,7 +1531,9 @@ fn commit_segment(tx: &Transaction<'_>, commit: &SegmentCommit, run: i64) -> rus
         run,
         bits,
         signed(commit.bytes),
-        signed(commit.last_used),
+        number(commit.queue),
+        signed(commit.place),
+        signed(commit.served),
         seal,
         signed(millis(SystemTime::now())),
     ])?;
@@ -1449,17 +1546,17 @@ fn commit_segment(tx: &Transaction<'_>, commit: &SegmentCommit, run: i64) -> rus
     Ok(())
 }
 
-fn touch(tx: &Transaction<'_>, touched: &[(SegmentId, u64)]) -> rusqlite::Result<()> {
-    for (id, last_used) in touched {
+fn record_served(tx: &Transaction<'_>, served: &[(SegmentId, u64)]) -> rusqlite::Result<()> {
+    for (id, served) in served {
         tx.prepare_cached(
-            "UPDATE segments SET last_used = ?4
+            "UPDATE segments SET served = ?4
              WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
         )?
         .execute(params![
             id.revision,
             signed(id.idx),
             blob(id.incarnation),
-            signed(*last_used)
+            signed(*served)
         ])?;
     }
     Ok(())

@@ -2,7 +2,7 @@
 //!
 //! Order is what counts (ADR 8): the data of a block is synced, and for a new file its directory,
 //! *before* its coverage is committed. Everything else that is written behind the requests' backs
-//! (headers, recency, what was current) rides along in the same transaction. A batch ends
+//! (headers, what was served, what was current) rides along in the same transaction. A batch ends
 //! [`BATCH_TIME`] after its first entry or at [`BATCH_BYTES`], whichever comes first, or when
 //! somebody waits for it.
 //!
@@ -99,7 +99,7 @@ struct Work {
     grown: Vec<(Arc<HeldRevision>, SegmentKey)>,
     representations: HashMap<i64, Arc<Representation>>,
     verified: Vec<SegmentId>,
-    touched: Vec<(SegmentId, u64)>,
+    served: Vec<(SegmentId, u64)>,
     forgotten: Vec<(i64, Revision)>,
     unlink: Vec<u128>,
     flushes: Vec<oneshot::Sender<Result<(), DiskError>>>,
@@ -129,9 +129,9 @@ impl Queue {
     }
 
     /// Memory forgot a revision; `bare` if no byte of it was held.
-    pub(super) fn forgotten(&self, touched: Vec<(SegmentId, u64)>, bare: Option<(i64, Revision)>) {
+    pub(super) fn forgotten(&self, served: Vec<(SegmentId, u64)>, bare: Option<(i64, Revision)>) {
         self.push(|state| {
-            state.work.touched.extend(touched);
+            state.work.served.extend(served);
             state.work.forgotten.extend(bare);
         });
     }
@@ -329,7 +329,7 @@ fn settle(shared: &Shared, work: Work, commit: Commit) -> Result<(), DiskError> 
     let mut grown = by_file(work.blocks, work.grown);
     sync(shared, &mut grown);
     let mut batch = Batch {
-        touched: work.touched,
+        served: work.served,
         verified: work.verified,
         representations: work.representations.into_iter().collect(),
         ..Batch::default()
@@ -339,7 +339,7 @@ fn settle(shared: &Shared, work: Work, commit: Commit) -> Result<(), DiskError> 
         // All under the catalog's lock, so that no purge, eviction or admission is in between.
         for grown in &grown {
             if let Some(segment) = grown.describe() {
-                recorded.push((grown, segment.last_used));
+                recorded.push((grown, segment.served));
                 batch.segments.push(segment);
             }
         }
@@ -365,6 +365,7 @@ fn settle(shared: &Shared, work: Work, commit: Commit) -> Result<(), DiskError> 
             .map(|(key, (_, record))| (key, record))
             .collect();
         let result = db.commit(&batch, commit);
+        shared.note_standing(&db);
         // Failed ones too: they are write-behind, and must not pile up.
         let mut queue = shared.queue.lock();
         for (key, number) in numbers {
@@ -380,8 +381,8 @@ fn settle(shared: &Shared, work: Work, commit: Commit) -> Result<(), DiskError> 
         Ok(()) => {
             shared.unrecorded.over();
             let mut grew: HashMap<i64, &HeldRevision> = HashMap::new();
-            for (grown, last_used) in recorded {
-                grown.recorded(last_used);
+            for (grown, served) in recorded {
+                grown.recorded(served);
                 grew.insert(grown.held.id, &grown.held);
             }
             for held in grew.into_values().filter(|held| held.is_complete()) {
@@ -474,16 +475,18 @@ impl Grown {
             id: self.held.segment_id(self.key, segment),
             blocks: self.held.geometry.blocks_in(self.key.idx),
             bytes: segment.charge.bytes(),
-            last_used: segment.last_used,
+            queue: segment.queue,
+            place: segment.place,
+            served: segment.charge.served(),
             covered: self.covered.clone(),
         })
     }
 
-    fn recorded(&self, last_used: u64) {
+    fn recorded(&self, served: u64) {
         if let Some(segment) = self.held.state.lock().segments.get_mut(&self.key) {
             // Without a new block there may be no row yet.
             segment.recorded |= self.file.is_some();
-            segment.stored_last_used = last_used;
+            segment.stored_served = served;
         }
     }
 

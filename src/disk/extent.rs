@@ -75,7 +75,7 @@ impl FileExtent {
     /// `tests/architecture.rs` keeps it out of the program.
     #[doc(hidden)]
     pub fn from_file(file: File, offset: u64, len: u64) -> Self {
-        let nobodys = Charge::new(&Room::new(0, 0), 0);
+        let nobodys = Charge::new(&Room::new(0, 0), 0, 0);
         Self {
             file: SegmentFile::new(file, nobodys),
             offset,
@@ -103,7 +103,7 @@ impl FileExtent {
         self.len == 0
     }
 
-    /// Drops the first `n` bytes.
+    /// Drops the first `n` bytes: they have been sent. That is what the policy of eviction counts.
     ///
     /// # Panics
     /// If the extent is shorter than that: whoever sends counted wrongly.
@@ -113,6 +113,7 @@ impl FileExtent {
             "advanced by {n} over an extent of {}",
             self.len
         );
+        self.file.charge.serve(n);
         self.offset += n;
         self.len -= n;
     }

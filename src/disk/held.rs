@@ -26,6 +26,7 @@ use parking_lot::Mutex;
 use super::catalog::{SegmentId, StoredRevision, StoredSegment};
 use super::coverage::{Coverage, Geometry};
 use super::extent::{FileExtent, SegmentFile};
+use super::policy::Queue;
 use super::room::Charge;
 use super::sums::{Buffered, Contents};
 use super::tier::Shared;
@@ -76,9 +77,13 @@ pub(super) struct Segment {
     pub(super) writers: u32,
     pub(super) file: Option<Arc<SegmentFile>>,
     pub(super) charge: Arc<Charge>,
+    /// Recency, for the cap on open files.
     pub(super) last_used: u64,
-    /// `last_used` as the catalog has it.
-    pub(super) stored_last_used: u64,
+    /// Where it is to begin in the catalog, which knows better once it is recorded.
+    pub(super) queue: Queue,
+    pub(super) place: u64,
+    /// The charge's `served` as the catalog has it.
+    pub(super) stored_served: u64,
     /// Recorded before an unclean stop, and not verified since.
     suspect: bool,
     /// Has a row in the catalog.
@@ -184,7 +189,7 @@ impl HeldRevision {
         self.doomed.load(Ordering::Acquire)
     }
 
-    /// Memory only, no I/O; counts as a touch for the LRU.
+    /// Memory only, no I/O.
     pub fn step(&self, range: ByteRange) -> Step {
         let g = self.geometry;
         let (start, end) = (range.start(), range.end().min(g.size));
@@ -492,7 +497,7 @@ impl State {
     }
 
     /// Adds a file from the catalog. A row that does not fit the geometry holds nothing for us; its
-    /// file makes room as it is the least recently used.
+    /// file makes room when its turn comes, since nobody reads it.
     fn add_stored(&mut self, shared: &Shared, geometry: Geometry, row: &StoredSegment) {
         let blocks = geometry.blocks_in(row.idx);
         let Some(coverage) = Coverage::from_bytes(blocks, &row.bits) else {
@@ -507,9 +512,11 @@ impl State {
             claimed: None,
             writers: 0,
             file: None,
-            charge: Charge::new(&shared.room, row.bytes),
-            last_used: row.last_used,
-            stored_last_used: row.last_used,
+            charge: Charge::new(&shared.room, row.bytes, row.served),
+            last_used: shared.tick(),
+            queue: Queue::Small,
+            place: 0,
+            stored_served: row.served,
             suspect: row.run <= shared.suspect_run.load(Ordering::Acquire),
             recorded: true,
         };
@@ -522,6 +529,7 @@ impl State {
         file: Arc<SegmentFile>,
         charge: Arc<Charge>,
         claimed: Coverage,
+        queue: Queue,
         stamp: u64,
     ) -> Segment {
         let mut coverage = claimed.clone();
@@ -534,7 +542,9 @@ impl State {
             file: Some(file),
             charge,
             last_used: stamp,
-            stored_last_used: 0,
+            queue,
+            place: stamp,
+            stored_served: 0,
             suspect: false,
             recorded: false,
         }

@@ -28,6 +28,7 @@
 //!    ├ whole.rs     checksums of whole revisions
 //!    ├ sweep.rs     the thread that reclaims what an earlier run left over
 //!    ├ catalog.rs   SQLite
+//!    ├ policy.rs    which segment goes, pure
 //!    ├ room.rs      the account of bytes: Reservation → Charge
 //!    ├ watch.rs     how long the disk is waited for
 //!    ├ revive.rs    a directory that vanished or broke: let go of, and opened again
@@ -41,7 +42,7 @@
 //! completed block is covered in memory at once and durable a moment later.
 //!
 //! Locks, in the order they may be taken: evictor → catalog → map of revisions → state of one
-//! revision → queue of the durability thread. The catalog's lock is held from a read of the catalog until memory agrees with
+//! revision → policy, queue of the durability thread. The catalog's lock is held from a read of the catalog until memory agrees with
 //! it, so there is one [`HeldRevision`] per revision and what was purged cannot come back.
 
 mod catalog;
@@ -54,6 +55,7 @@ mod held;
 #[cfg(test)]
 pub(crate) mod inline;
 pub mod offline;
+pub mod policy;
 mod revive;
 mod room;
 mod scrub;
@@ -90,7 +92,7 @@ pub struct DiskConfig {
     /// Bytes of the file system to leave free.
     pub min_free: MinFree,
     /// Unit of coverage in bytes; a power of two. Revisions stored with another one are not found,
-    /// and make room as they are the least recently used.
+    /// and make room when their turn comes, since nobody reads them.
     pub block_size: u64,
     /// Bytes per second that the scrubber may read; 0: it does not run.
     pub scrub_rate: u64,
@@ -239,8 +241,16 @@ pub struct DiskStats {
     pub capacity_bytes: u64,
     /// Segments evicted since the start.
     pub evictions: u64,
-    /// Bytes evicted since the start.
-    pub evicted_bytes: u64,
+    /// Bytes in the small queue of [`policy`] or on their way there: read once so far.
+    pub small_bytes: u64,
+    /// Bytes in the main queue of [`policy`]: read again.
+    pub main_bytes: u64,
+    /// Bytes evicted from the small queue since the start.
+    pub evicted_small_bytes: u64,
+    /// Bytes evicted from the main queue since the start.
+    pub evicted_main_bytes: u64,
+    /// Segments fetched again since the start while the policy still knew their names.
+    pub ghost_hits: u64,
     /// Segments dropped since the start because their file was gone, short or corrupt, or could
     /// not be synced.
     pub quarantines: u64,

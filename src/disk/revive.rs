@@ -32,7 +32,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::DiskError;
 use super::catalog::{Batch, Catalog, Commit};
-use super::tier::{DiskTier, Shared, lock, make_shards, random_u64};
+use super::tier::{DiskTier, Shared, lock, make_shards, policy_of, random_u64};
 
 /// How often the keeper looks: three calls of `stat` while all is well.
 const EVERY: Duration = Duration::from_secs(1);
@@ -183,7 +183,8 @@ impl DiskTier {
             .store(start.suspect_run, Ordering::Release);
         shared
             .clock
-            .fetch_max(start.last_used + 1, Ordering::Relaxed);
+            .fetch_max(start.last_place + 1, Ordering::Relaxed);
+        *shared.policy.lock() = policy_of(shared.room.capacity(), &start);
         shared.room.restock(start.bytes);
         *shared.free_space.lock() = None;
         *shared.lock.lock() = Some(lock);

@@ -144,22 +144,39 @@ impl Drop for Reservation {
 pub(super) struct Charge {
     room: Arc<Room>,
     bytes: AtomicU64,
+    served: AtomicU64,
     unlinked: AtomicBool,
 }
 
 impl Charge {
-    /// For a file whose `bytes` the account already knows.
-    pub(super) fn new(room: &Arc<Room>, bytes: u64) -> Arc<Self> {
+    /// For a file whose `bytes` the account already knows, and of which `served` bytes were sent.
+    pub(super) fn new(room: &Arc<Room>, bytes: u64, served: u64) -> Arc<Self> {
         room.stored.fetch_sub(bytes, Ordering::AcqRel);
         Arc::new(Self {
             room: Arc::clone(room),
             bytes: AtomicU64::new(bytes),
+            served: AtomicU64::new(served),
             unlinked: AtomicBool::new(false),
         })
     }
 
     pub(super) fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Acquire)
+    }
+
+    /// Bytes sent from the file, as [`super::policy`] counts them.
+    pub(super) fn served(&self) -> u64 {
+        self.served.load(Ordering::Relaxed)
+    }
+
+    /// All that a hit costs the policy.
+    pub(super) fn serve(&self, bytes: u64) {
+        self.served.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// What is sent meanwhile may get lost; it is a hint.
+    pub(super) fn set_served(&self, bytes: u64) {
+        self.served.store(bytes, Ordering::Relaxed);
     }
 
     pub(super) fn room(&self) -> &Arc<Room> {

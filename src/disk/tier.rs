@@ -11,9 +11,9 @@
 //!   or after (the purge dooms what was loaded). `purge_beats_load_and_admit` guards this.
 //! * A revision that memory forgets has nothing unrecorded: whoever has something to record holds
 //!   the [`HeldRevision`], and one that is held is not forgotten.
-//! * Recency is exact in memory and stale in the catalog, whose index gives the order of eviction. A row that turns
-//!   out to have been used since is stamped anew and passed over, as in second chance. So
-//!   segments that memory does not know go first, and no list of all segments is needed.
+//! * Who goes is for [`super::policy`] to say. Its queues are an index of the catalog, so no list of all segments is
+//!   needed in memory, at a start least of all. What was served is counted in memory; the catalog hears of it when memory
+//!   forgets a segment, when eviction moves it, and at the orderly end, but never because of a hit.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
@@ -28,12 +28,15 @@ use parking_lot::Mutex;
 use rustix::fs::FlockOperation;
 use tokio::sync::{mpsc, oneshot};
 
-use super::catalog::{Catalog, Checkpointer, Db, ScrubRow, SegmentId, Start, StoredRevision};
+use super::catalog::{
+    Candidate, Catalog, Checkpointer, Db, Left, Moved, ScrubRow, SegmentId, Start, StoredRevision,
+};
 use super::durability::{self, KernelSync, Queue, Syncer};
 use super::failpoint::{self, Step};
 use super::held::{HeldRevision, Segment, SegmentKey};
 #[cfg(test)]
 use super::inline;
+use super::policy::{self, Policy, Round, Standing, Verdict};
 use super::revive::{self, Keeper};
 use super::room::{Reservation, Room};
 use super::scrub::{self, Scrubber};
@@ -67,8 +70,11 @@ const COMPLETIONS: usize = 1024;
 /// Files that could not be removed, and are remembered. Each takes 16 bytes here, and mostly 64 MiB there.
 const MAX_LEFT_OVER: usize = 64 << 10;
 
-/// Rows that eviction looks at in one go.
-const CANDIDATES: u32 = 128;
+/// Rows of a queue that eviction reads in one go.
+const HEADS: u32 = 64;
+
+/// Segments that one transaction of eviction moves or deletes at most: first touches wait for it.
+const PLAN: usize = 256;
 
 /// The tier.
 pub struct DiskTier {
@@ -89,6 +95,7 @@ pub(super) struct Shared {
     pub(super) catalog: Catalog,
     pub(super) queue: Queue,
     pub(super) sync: Box<dyn Syncer>,
+    file_system: FileSystem,
     /// With segment files.
     pub(super) trouble: Trouble,
     /// With the catalog: written, but not recorded.
@@ -102,6 +109,7 @@ pub(super) struct Shared {
     revisions: Mutex<Revisions>,
     /// One eviction at a time, else each would evict for all.
     evictor: Mutex<()>,
+    pub(super) policy: Mutex<Policy>,
     pub(super) free_space: Mutex<Option<FreeSpace>>,
     pub(super) clock: AtomicU64,
     pub(super) random: File,
@@ -118,7 +126,8 @@ pub(super) struct Shared {
     /// What the catalog counted when another process was let in.
     released_bytes: AtomicU64,
     evictions: AtomicU64,
-    evicted_bytes: AtomicU64,
+    /// By queue.
+    evicted_bytes: [AtomicU64; 2],
     quarantines: AtomicU64,
     pub(super) scrubber: Scrubber,
     completed: mpsc::Sender<Revision>,
@@ -142,10 +151,14 @@ pub(super) struct FreeSpace {
     used: u64,
 }
 
+/// Bytes of the file system that a directory lies in: all, and those that are left to us.
+pub(super) type FileSystem = Box<dyn Fn(&Path) -> io::Result<(u64, u64)> + Send + Sync>;
+
 /// What tests change.
 pub(super) struct Seams {
     pub(super) sync: Box<dyn Syncer>,
     pub(super) limits: Limits,
+    pub(super) file_system: FileSystem,
     pub(super) revisions_in_memory: usize,
     pub(super) max_open_files: usize,
 }
@@ -161,6 +174,10 @@ impl Default for Seams {
         Self {
             sync: Box::new(KernelSync),
             limits: Limits::default(),
+            file_system: Box::new(|dir| {
+                let stat = rustix::fs::statvfs(dir)?;
+                Ok((stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize))
+            }),
             revisions_in_memory: REVISIONS_IN_MEMORY,
             max_open_files: quarter.clamp(16, 1 << 16),
         }
@@ -195,6 +212,7 @@ impl DiskTier {
         let random = File::open("/dev/urandom")
             .map_err(|error| DiskError::io("open", Path::new("/dev/urandom"), error))?;
         let (completed, completions) = mpsc::channel(COMPLETIONS);
+        let policy = Policy::new(config.capacity, Standing::default());
         let shared = Arc::new(Shared {
             min_free: config.min_free,
             block_size: config.block_size,
@@ -203,6 +221,7 @@ impl DiskTier {
             catalog: Catalog::absent(),
             queue: Queue::default(),
             sync: seams.sync,
+            file_system: seams.file_system,
             trouble: Trouble::default(),
             unrecorded: Trouble::default(),
             crowded: Trouble::default(),
@@ -215,6 +234,7 @@ impl DiskTier {
                 trim_above: seams.revisions_in_memory,
             }),
             evictor: Mutex::new(()),
+            policy: Mutex::new(policy),
             free_space: Mutex::new(None),
             clock: AtomicU64::new(1),
             run_mark: AtomicU64::new(0),
@@ -227,7 +247,7 @@ impl DiskTier {
             left_over: Mutex::default(),
             released_bytes: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
-            evicted_bytes: AtomicU64::new(0),
+            evicted_bytes: Default::default(),
             quarantines: AtomicU64::new(0),
             scrubber: Scrubber::new(config.scrub_rate),
             completed,
@@ -401,7 +421,7 @@ impl DiskTier {
         purged.await
     }
 
-    /// Room for `bytes`, evicting least recently used segments if need be.
+    /// Room for `bytes`, evicting segments if need be.
     ///
     /// # Errors
     /// [`DiskError::NoRoom`] if what is in use leaves no room, or the disk is in trouble.
@@ -536,8 +556,7 @@ impl DiskTier {
     /// [`DiskError::Catalog`] if that could not be recorded; the next start verifies instead.
     pub async fn close(&self) -> Result<(), DiskError> {
         self.shared.keeper.end();
-        self.end(|shared, touched| shared.catalog.close(touched))
-            .await?;
+        self.end(|shared, left| shared.catalog.close(left)).await?;
         self.shared.catalog.stop_reading();
         Ok(())
     }
@@ -558,8 +577,8 @@ impl DiskTier {
     /// [`DiskError::Catalog`] if it could not be closed in order or cannot be read: it is closed then, and what it
     /// held is not found until [`reclaim`](Self::reclaim).
     pub async fn release(&self) -> Result<(), DiskError> {
-        self.end(|shared, touched| {
-            let bytes = shared.catalog.release(&shared.dir, touched)?;
+        self.end(|shared, left| {
+            let bytes = shared.catalog.release(&shared.dir, left)?;
             shared.released_bytes.store(bytes, Ordering::Release);
             Ok(())
         })
@@ -586,7 +605,8 @@ impl DiskTier {
                     .store(start.suspect_run, Ordering::Release);
                 shared
                     .clock
-                    .fetch_max(start.last_used + 1, Ordering::Relaxed);
+                    .fetch_max(start.last_place + 1, Ordering::Relaxed);
+                *shared.policy.lock() = policy_of(shared.room.capacity(), &start);
                 let before = shared.released_bytes.load(Ordering::Acquire);
                 shared.room.recount(before, start.bytes);
                 shared.queue.reopen();
@@ -603,7 +623,7 @@ impl DiskTier {
     /// Ends the run: threads, memory, the catalog by `close`, the lock.
     async fn end(
         &self,
-        close: impl FnOnce(&Shared, &[(SegmentId, u64)]) -> Result<(), DiskError> + Send + 'static,
+        close: impl FnOnce(&Shared, &Left) -> Result<(), DiskError> + Send + 'static,
     ) -> Result<(), DiskError> {
         let shared = Arc::clone(&self.shared);
         shared.closed.store(true, Ordering::Release);
@@ -636,8 +656,11 @@ impl DiskTier {
                 }
                 std::mem::take(&mut shared.revisions.lock().by_name)
             };
-            let touched: Vec<_> = held.values().flat_map(touched_since_recorded).collect();
-            let closed = close(&shared, &touched);
+            let left = Left {
+                served: held.values().flat_map(served_since_recorded).collect(),
+                ghosts: shared.policy.lock().save(),
+            };
+            let closed = close(&shared, &left);
             shared.reached(Step::Closed);
             *shared.lock.lock() = None;
             closed
@@ -669,11 +692,20 @@ impl DiskTier {
     /// Counters.
     pub fn stats(&self) -> DiskStats {
         let shared = &self.shared;
+        let (standing, ghost_hits) = {
+            let policy = shared.policy.lock();
+            (policy.standing(), policy.ghost_hits())
+        };
+        let [evicted_small, evicted_main] = &shared.evicted_bytes;
         DiskStats {
             used_bytes: shared.room.used(),
             capacity_bytes: shared.room.capacity(),
             evictions: shared.evictions.load(Ordering::Relaxed),
-            evicted_bytes: shared.evicted_bytes.load(Ordering::Relaxed),
+            small_bytes: standing.small,
+            main_bytes: standing.main,
+            evicted_small_bytes: evicted_small.load(Ordering::Relaxed),
+            evicted_main_bytes: evicted_main.load(Ordering::Relaxed),
+            ghost_hits,
             quarantines: shared.quarantines.load(Ordering::Relaxed),
             swept: shared.swept.so_far(),
             sweeping: shared.swept.is_going_on(),
@@ -713,7 +745,7 @@ impl Shared {
         }
     }
 
-    /// The next recency stamp. Logical, so that a clock that jumps does not reorder eviction.
+    /// The next recency stamp, and place in a queue. Logical, so that a clock that jumps does not reorder eviction.
     pub(super) fn tick(&self) -> u64 {
         self.clock.fetch_add(1, Ordering::Relaxed)
     }
@@ -842,10 +874,10 @@ impl Shared {
             revisions.trim()
         };
         for forgotten in forgotten {
-            let touched = touched_since_recorded(&forgotten);
+            let served = served_since_recorded(&forgotten);
             let bare = forgotten.state.lock().segments.is_empty();
             let id = bare.then(|| (forgotten.id, forgotten.revision().clone()));
-            self.queue.forgotten(touched, id);
+            self.queue.forgotten(served, id);
         }
         held
     }
@@ -874,6 +906,7 @@ impl Shared {
             matching.map(|(_, held)| held).collect()
         };
         let segments: Vec<_> = doomed.iter().flat_map(|held| held.doom()).collect();
+        self.note_standing(&db);
         drop(db);
         let bytes = self.unlink_all(segments, &deleted.segments);
         Ok(Purged {
@@ -1072,7 +1105,7 @@ impl Shared {
                 }
                 continue;
             }
-            if self.evict(short)? > 0 {
+            if self.evict(short, flushed)? > 0 {
                 continue;
             }
             if flushed {
@@ -1084,77 +1117,142 @@ impl Shared {
                 }
                 return Err(DiskError::NoRoom);
             }
-            // What was completed a moment ago has no row yet, and can go once it has.
+            // What was completed a moment ago has no row yet, and can go once it has. It may well be what should go.
             self.flush_blocking();
             flushed = true;
         }
     }
 
-    /// Unlinks segments, the least recently used first, until `wanted` bytes are free or nothing
-    /// more can go. Returns the bytes freed.
-    fn evict(&self, wanted: u64) -> Result<u64, DiskError> {
+    /// The queue that a new file of this segment begins in.
+    pub(super) fn admitted_to(&self, revision: &Revision, idx: u64) -> policy::Queue {
+        let mut policy = self.policy.lock();
+        let main = policy.standing().main;
+        policy.update(self.standing(main));
+        policy.admit(segment_name(revision, idx))
+    }
+
+    /// Tells the policy what is held, after the catalog changed.
+    pub(super) fn note_standing(&self, db: &Db) {
+        // Whoever works with the catalog next hears of its trouble.
+        if let Ok(main) = db.main_bytes() {
+            self.policy.lock().update(self.standing(main));
+        }
+    }
+
+    /// Whatever is not in main is in the small queue or on its way there: the catalog does not know of what was fetched
+    /// in the last moment, and in a small cache that is a good part.
+    fn standing(&self, main: u64) -> Standing {
+        Standing {
+            small: self.room.used().saturating_sub(main),
+            main,
+        }
+    }
+
+    /// Unlinks the segments that the policy chooses until `wanted` bytes are free or nothing more can go. Returns the
+    /// bytes freed. `settled`: what is held is in the catalog by now, so that a queue that shows nothing has nothing.
+    fn evict(&self, wanted: u64, settled: bool) -> Result<u64, DiskError> {
         let began = self.tick();
+        let mut round = Round::default();
         let mut freed = 0;
         while freed < wanted {
             let mut db = self.catalog.lock()?;
-            let candidates = db.oldest(CANDIDATES)?;
-            // Everything younger than this call was looked at by it and is in use.
-            if candidates
-                .first()
-                .is_none_or(|oldest| oldest.last_used >= began)
-            {
-                break;
-            }
+            self.note_standing(&db);
             let mut plan = Eviction::default();
-            for row in candidates {
-                if freed >= wanted || row.last_used >= began {
+            let mut queues = Queues::new(&db);
+            while freed < wanted && plan.len() < PLAN {
+                let Some(queue) = round.turn(&self.policy.lock()) else {
                     break;
-                }
-                let held = self.revisions.lock().by_name.get(&row.revision).cloned();
-                let Some(held) = held else {
-                    plan.forgettable.push(row.id.revision);
-                    freed += row.bytes;
-                    plan.stored.push((row.id, row.bytes));
-                    continue;
                 };
-                let mut state = held.state.lock();
-                let found = state
-                    .files_mut(row.id.idx)
-                    .find(|(_, segment)| segment.incarnation == row.id.incarnation);
-                let Some((key, segment)) = found else {
-                    // Memory gave it up (see `HeldRevision::open_at`).
-                    freed += row.bytes;
-                    plan.stored.push((row.id, row.bytes));
-                    continue;
-                };
-                let key = *key;
-                if segment.in_use() {
-                    segment.last_used = self.tick();
+                match queues.next(queue)? {
+                    Some(row) => freed += self.judge(&mut round, began, queue, &row, &mut plan),
+                    None if settled && plan.len() == 0 => round.pass_over(queue),
+                    None => break,
                 }
-                if segment.last_used > row.last_used {
-                    segment.stored_last_used = segment.last_used;
-                    plan.refreshed.push((row.id, segment.last_used));
-                } else if let Some(segment) = state.segments.remove(&key) {
-                    freed += segment.charge.bytes();
-                    drop(state);
-                    plan.known.push((held, key, segment));
-                }
+            }
+            if plan.len() == 0 {
+                break;
             }
             let victims = plan.commit(&mut db)?;
             self.reached(Step::Evicted);
             // The rows are gone, and nobody else knows the files: no lock is needed to unlink them.
             drop(db);
             self.evictions.fetch_add(victims, Ordering::Relaxed);
+            for (count, bytes) in self.evicted_bytes.iter().zip(plan.bytes) {
+                count.fetch_add(bytes, Ordering::Relaxed);
+            }
             let stored = plan.stored_files();
             let known = plan
                 .known
                 .into_iter()
                 .map(|(_, _, segment)| segment)
                 .collect();
-            let bytes = self.unlink_all(known, &stored);
-            self.evicted_bytes.fetch_add(bytes, Ordering::Relaxed);
+            self.unlink_all(known, &stored);
         }
         Ok(freed)
+    }
+
+    /// Has the policy judge the head of a queue, and plans accordingly. Returns the bytes that will be free.
+    /// Who is in use and has been moved since the search `began` is not moved again: that would look like others.
+    fn judge(
+        &self,
+        round: &mut Round,
+        began: u64,
+        queue: policy::Queue,
+        row: &Candidate,
+        plan: &mut Eviction,
+    ) -> u64 {
+        let held = self.revisions.lock().by_name.get(&row.revision).cloned();
+        let mut state = held.as_ref().map(|held| held.state.lock());
+        // Memory may have given it up (see `HeldRevision::open_at`).
+        let found = state.as_mut().and_then(|state| {
+            state
+                .files_mut(row.id.idx)
+                .find(|(_, segment)| segment.incarnation == row.id.incarnation)
+        });
+        let head = policy::Head {
+            name: segment_name(&row.revision, row.id.idx),
+            bytes: row.bytes,
+            served: found
+                .as_ref()
+                .map_or(row.served, |(_, segment)| segment.charge.served()),
+            in_use: found.as_ref().is_some_and(|(_, segment)| segment.in_use()),
+        };
+        if head.in_use && row.place > began {
+            return 0;
+        }
+        let verdict = round.judge(&mut self.policy.lock(), queue, head);
+        if let Verdict::Move { to, served } = verdict {
+            if let Some((_, segment)) = found {
+                segment.charge.set_served(served);
+                segment.stored_served = served;
+            }
+            plan.moved.push(Moved {
+                id: row.id,
+                queue: to,
+                place: self.tick(),
+                served,
+            });
+            return 0;
+        }
+        let key = found.map(|(key, _)| *key);
+        let segment = key.and_then(|key| state.as_mut()?.segments.remove(&key));
+        drop(state);
+        let bytes = match (held, key, segment) {
+            (Some(held), Some(key), Some(segment)) => {
+                let bytes = segment.charge.bytes();
+                plan.known.push((held, key, segment));
+                bytes
+            }
+            (held, ..) => {
+                if held.is_none() {
+                    plan.forgettable.push(row.id.revision);
+                }
+                plan.stored.push((row.id, row.bytes));
+                row.bytes
+            }
+        };
+        plan.bytes[queue as usize] += bytes;
+        bytes
     }
 
     /// Closes segment files that nobody sends from, the least recently used first, once there are
@@ -1201,14 +1299,13 @@ impl Shared {
     pub(super) fn look_at_free_space(&self) -> Result<FreeSpace, DiskError> {
         let used = self.room.used();
         let reserved = self.room.reserved();
-        let stat = rustix::fs::statvfs(&self.dir)
-            .map_err(|error| DiskError::io("statvfs", &self.dir, error.into()))?;
+        let (total, available) = (self.file_system)(&self.dir)
+            .map_err(|error| DiskError::io("statvfs", &self.dir, error))?;
         let min_free = match self.min_free {
             MinFree::Bytes(bytes) => bytes,
-            MinFree::Percent(percent) => percent_of(stat.f_blocks * stat.f_frsize, percent),
+            MinFree::Percent(percent) => percent_of(total, percent),
         };
-        let available = i128::from(stat.f_bavail) * i128::from(stat.f_frsize);
-        let spare = available - i128::from(min_free) - i128::from(reserved);
+        let spare = i128::from(available) - i128::from(min_free) - i128::from(reserved);
         let look = FreeSpace {
             at: Instant::now(),
             spare,
@@ -1226,8 +1323,43 @@ struct Eviction {
     known: Vec<(Arc<HeldRevision>, SegmentKey, Segment)>,
     /// Only in the catalog.
     stored: Vec<(SegmentId, u64)>,
-    refreshed: Vec<(SegmentId, u64)>,
+    moved: Vec<Moved>,
     forgettable: Vec<i64>,
+    /// Bytes that go, by queue.
+    bytes: [u64; 2],
+}
+
+/// The queues in the catalog, walked from their heads. What is moved to the end meanwhile gets there by the commit, and
+/// is not met by this walk.
+struct Queues<'a> {
+    db: &'a Db,
+    read: [std::vec::IntoIter<Candidate>; 2],
+    places: [u64; 2],
+}
+
+impl<'a> Queues<'a> {
+    fn new(db: &'a Db) -> Self {
+        Self {
+            db,
+            read: Default::default(),
+            places: [0; 2],
+        }
+    }
+
+    fn next(&mut self, queue: policy::Queue) -> Result<Option<Candidate>, DiskError> {
+        let (read, place) = (
+            &mut self.read[queue as usize],
+            &mut self.places[queue as usize],
+        );
+        if read.as_slice().is_empty() {
+            *read = self.db.heads(queue, *place, HEADS)?.into_iter();
+        }
+        let next = read.next();
+        if let Some(row) = &next {
+            *place = row.place + 1;
+        }
+        Ok(next)
+    }
 }
 
 impl Eviction {
@@ -1239,13 +1371,17 @@ impl Eviction {
             .iter()
             .map(|(held, key, segment)| held.segment_id(*key, segment));
         let victims: Vec<_> = known.chain(self.stored.iter().map(|(id, _)| *id)).collect();
-        if let Err(error) = db.evict(&victims, &self.refreshed, &self.forgettable) {
+        if let Err(error) = db.evict(&victims, &self.moved, &self.forgettable) {
             for (held, key, segment) in self.known.drain(..) {
                 held.state.lock().segments.insert(key, segment);
             }
             return Err(error);
         }
         Ok(victims.len() as u64)
+    }
+
+    fn len(&self) -> usize {
+        self.known.len() + self.stored.len() + self.moved.len()
     }
 
     fn stored_files(&self) -> Vec<(u128, u64)> {
@@ -1287,15 +1423,33 @@ impl Revisions {
     }
 }
 
-/// Segments of it used since the catalog heard of it.
-fn touched_since_recorded(held: &Arc<HeldRevision>) -> Vec<(SegmentId, u64)> {
+/// Segments of it that bytes were sent from since the catalog heard of it.
+fn served_since_recorded(held: &Arc<HeldRevision>) -> Vec<(SegmentId, u64)> {
     let state = held.state.lock();
-    let used = state
+    let recorded = state
         .segments
         .iter()
-        .filter(|(_, segment)| segment.recorded && segment.last_used != segment.stored_last_used);
-    used.map(|(key, segment)| (held.segment_id(*key, segment), segment.last_used))
+        .filter(|(_, segment)| segment.recorded);
+    recorded
+        .map(|(key, segment)| (key, segment, segment.charge.served()))
+        .filter(|(_, segment, served)| *served != segment.stored_served)
+        .map(|(key, segment, served)| (held.segment_id(*key, segment), served))
         .collect()
+}
+
+/// What the policy knows a segment by: the same after a restart, and when its revision has been forgotten meanwhile.
+fn segment_name(revision: &Revision, idx: u64) -> u64 {
+    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
+    for part in [
+        revision.key.store(),
+        revision.key.key(),
+        revision.validator.as_field_value(),
+    ] {
+        digest.update(part.as_bytes());
+        digest.update(&[0]);
+    }
+    digest.update(&idx.to_le_bytes());
+    digest.finalize()
 }
 
 /// Disk trouble: refuses writes for a while after one failed, and logs once until one works again.
@@ -1372,6 +1526,17 @@ fn shard_path(dir: &Path, incarnation: u128) -> PathBuf {
 /// Where the segment file of this name is in the cache directory `dir`.
 pub(super) fn segment_path(dir: &Path, incarnation: u128) -> PathBuf {
     shard_path(dir, incarnation).join(format!("{incarnation:032x}.seg"))
+}
+
+/// The policy as the last run left it.
+pub(super) fn policy_of(capacity: u64, start: &Start) -> Policy {
+    let standing = Standing {
+        small: start.bytes.saturating_sub(start.main_bytes),
+        main: start.main_bytes,
+    };
+    let mut policy = Policy::new(capacity, standing);
+    policy.restore(&start.ghosts);
+    policy
 }
 
 fn segment_size(capacity: u64, block_size: u64) -> u64 {

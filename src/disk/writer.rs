@@ -403,13 +403,14 @@ fn create(
         DiskError::io("create", &path, error)
     })?;
     shared.reached(Step::FileCreated);
-    let charge = Charge::new(&shared.room, 0);
+    let charge = Charge::new(&shared.room, 0, 0);
     let file = SegmentFile::new(file, Arc::clone(&charge));
     let segment = State::new_segment(
         incarnation,
         Arc::clone(&file),
         charge,
         claimed,
+        shared.admitted_to(held.revision(), idx),
         shared.tick(),
     );
     let mut state = held.state.lock();
