@@ -29,3 +29,17 @@ fleet *ARGS:
 chaos *ARGS:
     cargo build --release --locked
     python3 scripts/chaos-test.py --pinrange target/release/pinrange {{ARGS}}
+
+# every parser and the request path, so many seconds each
+fuzz SECONDS="60":
+    scripts/fuzz.sh {{SECONDS}}
+
+# 5,000 idle and 500 slow clients beside a fast one: memory, admin, latency
+flood *ARGS:
+    cargo build --release --locked
+    python3 scripts/flood-test.py --pinrange target/release/pinrange {{ARGS}}
+
+# the start of a replica that holds a million revisions
+million *ARGS:
+    cargo build --release --locked
+    python3 scripts/million-revisions.py --pinrange target/release/pinrange {{ARGS}}
