@@ -44,14 +44,13 @@ fn run(
     }
     let mut builder = Builder::new_multi_thread();
     threads.map(|threads| builder.worker_threads(threads.get()));
-    match builder.enable_all().build() {
-        Ok(runtime) => {
-            let code = runtime.block_on(command);
-            runtime.shutdown_background(); // A thread that waits for a dead disk never ends.
-            code
-        }
-        Err(error) => refuse(&format!("cannot start threads: {error}"), cli::EX_OSERR),
-    }
+    let runtime = match builder.enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return refuse(&format!("cannot start threads: {error}"), cli::EX_OSERR),
+    };
+    let code = runtime.block_on(command);
+    runtime.shutdown_background(); // A thread that waits for a dead disk never ends.
+    code
 }
 
 /// One line a problem, without a prefix: editors and CI recognise `FILE:LINE:COL:` at its start.

@@ -476,16 +476,9 @@ async fn what_is_fetched_again_soon_is_taken_for_hot() {
     }
 }
 
-/// The rows of version 1 had one order, of last use.
-#[tokio::test]
-async fn a_catalog_of_version_1_is_taken_over() {
-    let dir = tempfile::tempdir().unwrap();
-    let tier = open(dir.path());
-    for count in 0..16 {
-        put(&tier, &format!("x{count}"), SEGMENT).await;
-    }
-    tier.close().await.unwrap();
-    let catalog = Connection::open(dir.path().join("catalog.sqlite")).unwrap();
+/// Makes the catalog what the first version had.
+fn to_version_1(dir: &Path) {
+    let catalog = Connection::open(dir.join("catalog.sqlite")).unwrap();
     catalog
         .execute_batch(
             "DROP TRIGGER segments_insert_main; DROP TRIGGER segments_update_main;
@@ -499,7 +492,18 @@ async fn a_catalog_of_version_1_is_taken_over() {
              CREATE INDEX segments_by_age ON segments (last_used); PRAGMA user_version = 1;",
         )
         .unwrap();
-    drop(catalog);
+}
+
+/// The rows of version 1 had one order, of last use.
+#[tokio::test]
+async fn a_catalog_of_version_1_is_taken_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    for count in 0..16 {
+        put(&tier, &format!("x{count}"), SEGMENT).await;
+    }
+    tier.close().await.unwrap();
+    to_version_1(dir.path());
     let tier = open(dir.path());
     put(&tier, "new", 4 * SEGMENT).await;
     assert_eq!(tier.stats().used_bytes, CAPACITY);

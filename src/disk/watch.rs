@@ -43,7 +43,7 @@ pub(super) struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            catalog: Duration::from_secs(2),
+            catalog: Duration::from_secs(5),
             write: Duration::from_secs(5),
             open: Duration::from_secs(10),
             sync: Duration::from_secs(30),

@@ -315,11 +315,16 @@ impl<H: Handler> Serving<H> {
         if served.is_none() {
             // Idle, it closes at once, in the middle of a head too; else the answer is the last one.
             Pin::new(&mut connection).graceful_shutdown();
-            // In this order: at the timeout, idle ones are closed and not cut.
-            served = tokio::select! {
-                biased;
-                served = &mut connection => Some(served),
-                () = drain.cut.cancelled() => None,
+            served = if info.queue.standing().is_in_head() {
+                // hyper would wait for the rest of a first head.
+                Some(Ok(()))
+            } else {
+                // In this order: at the timeout, idle ones are closed and not cut.
+                tokio::select! {
+                    biased;
+                    served = &mut connection => Some(served),
+                    () = drain.cut.cancelled() => None,
+                }
             };
         }
         if self.ending.no_more.is_cancelled() {

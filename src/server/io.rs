@@ -369,6 +369,19 @@ pub(super) enum Standing {
     },
 }
 
+impl Standing {
+    /// The client owes us the rest of a head.
+    pub(super) fn is_in_head(self) -> bool {
+        matches!(
+            self,
+            Self::Idle {
+                expecting: Expecting::RestOfHead,
+                ..
+            }
+        )
+    }
+}
+
 /// A data connection as hyper sees it. See the [module](self) for how it works.
 pub struct SendfileIo {
     tcp: TcpStream,

@@ -282,19 +282,6 @@ async fn a_row_that_says_something_else_than_was_written_serves_nothing() {
     }
 }
 
-/// Makes the catalog what the version before had.
-fn downgrade(dir: &Path) {
-    sql(
-        dir,
-        "DROP INDEX segments_by_verified;
-         ALTER TABLE segments DROP COLUMN verified;
-         ALTER TABLE segments DROP COLUMN seal;
-         ALTER TABLE checksums DROP COLUMN crc64s;
-         ALTER TABLE revisions DROP COLUMN whole;
-         PRAGMA user_version = 1;",
-    );
-}
-
 #[tokio::test]
 async fn the_catalog_of_an_earlier_version_works_on() {
     let dir = tempfile::tempdir().unwrap();
@@ -302,7 +289,7 @@ async fn the_catalog_of_an_earlier_version_works_on() {
     let tier = open(dir.path());
     put(&tier, "x", size).await;
     tier.close().await.unwrap();
-    downgrade(dir.path());
+    to_version_1(dir.path());
 
     let tier = open(dir.path());
     let held = tier.load(&revision("x", "a")).await.unwrap();
