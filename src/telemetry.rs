@@ -380,6 +380,7 @@ impl Default for Inner {
 }
 
 impl Inner {
+    #[expect(clippy::too_many_lines, reason = "a table")]
     fn registered(mut self) -> Self {
         let registry = &mut self.registry;
         // A gauge, not an info: the classic text format, which some scrapers insist on, has no such type.
@@ -539,6 +540,7 @@ impl Patience {
     }
 }
 
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn disk_registry(stats: &DiskStats) -> Registry {
     let mut registry = Registry::with_prefix("pinrange_disk");
     registry.register_with_unit(
@@ -881,7 +883,6 @@ mod tests {
     }
 
     #[test]
-    #[expect(clippy::too_many_lines, reason = "most of them are a table")]
     fn what_is_recorded_can_be_scraped() {
         let metrics = Metrics::default();
         record_everything(&metrics.clone());

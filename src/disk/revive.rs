@@ -191,7 +191,7 @@ impl DiskTier {
         shared.catalog.replace(catalog);
         shared.queue.reopen();
         shared.scrubber.resume();
-        self.begin(start, checkpointer)?;
+        self.begin(&start, checkpointer)?;
         shared.keeper.state.lock().out = None;
         Ok(())
     }

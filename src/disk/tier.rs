@@ -266,7 +266,7 @@ impl DiskTier {
     }
 
     /// Starts the threads of a run.
-    pub(super) fn begin(&self, start: Start, checkpointer: Checkpointer) -> Result<(), DiskError> {
+    pub(super) fn begin(&self, start: &Start, checkpointer: Checkpointer) -> Result<(), DiskError> {
         if start.suspect_run == start.run - 1 && start.suspect_run > 0 {
             tracing::warn!(
                 "the last run did not end orderly: segments it recorded are verified at their first use"
@@ -289,11 +289,12 @@ impl DiskTier {
             "disk-durability",
             Box::new(move || durability::run(&me, checkpointer)),
         )?);
+        let last_revision = start.last_revision;
         let me = Arc::clone(&self.shared);
         let reader = Catalog::reader(&me.dir)?;
         *self.sweeper.lock() = Some(spawn(
             "disk-sweep",
-            Box::new(move || sweep::run(&me, &reader, start.last_revision)),
+            Box::new(move || sweep::run(&me, &reader, last_revision)),
         )?);
         let me = Arc::clone(&self.shared);
         *self.scrub.lock() = Some(spawn("disk-scrub", Box::new(move || scrub::run(&me)))?);
@@ -611,7 +612,7 @@ impl DiskTier {
                 shared.room.recount(before, start.bytes);
                 shared.queue.reopen();
                 shared.scrubber.resume();
-                me.begin(start, checkpointer)?;
+                me.begin(&start, checkpointer)?;
                 *shared.lock.lock() = Some(lock);
                 shared.released.store(false, Ordering::Release);
                 shared.closed.store(false, Ordering::Release);

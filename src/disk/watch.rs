@@ -161,14 +161,12 @@ impl Watch {
                 },
             }
         };
-        match within(limit, in_turn).await {
-            Some(result) => result,
-            None => {
-                // For the log.
-                let _ = self.overdue();
-                Err(DiskError::Hangs { what })
-            }
+        if let Some(result) = within(limit, in_turn).await {
+            return result;
         }
+        // For the log.
+        let _ = self.overdue();
+        Err(DiskError::Hangs { what })
     }
 }
 

@@ -190,7 +190,8 @@ async fn what_arrives_while_the_label_is_asked_for_is_not_fetched_twice() {
         gate.open();
         sent
     };
-    let (unpinned, pinned) = soon(async { tokio::join!(replica.whole(None), pinned) }).await;
+    let (unpinned, pinned) =
+        Box::pin(soon(async { tokio::join!(replica.whole(None), pinned) })).await;
     assert!(unpinned == object && pinned == object);
     assert_eq!(replica.remote.yielded(), PART);
 }
