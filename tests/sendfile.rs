@@ -188,17 +188,16 @@ impl Handler for Files {
         }
         let (kind, ranges) = path[1..].split_once('/').unwrap();
         let chunks = match kind {
-            "whole" => Chunks::Whole,
+            // The second is a file whose pages do not come, and what is sent in its place.
+            "whole" | "hanging" => Chunks::Whole,
             "small" => Chunks::Small,
             "mixed" => Chunks::Mixed,
-            "truncated" => Chunks::Truncated,
+            // After the first: a file that fails, and what replaces it.
+            "truncated" | "again-small" | "again-mixed" | "again-short" | "again-fails"
+            | "again-gated" | "neither" => Chunks::Truncated,
             "fails" => Chunks::FailsAt(100_000),
             "too-long" => Chunks::TooLong,
             "gated" => Chunks::Gated,
-            // A file that fails, and what replaces it.
-            "again-small" | "again-mixed" | "again-short" | "again-fails" | "again-gated"
-            | "neither" => Chunks::Truncated,
-            "hanging" => Chunks::Whole,
             _ => panic!("no such kind: {kind}"),
         };
         let (again, past_disk) = match kind {
@@ -819,7 +818,7 @@ async fn a_client_that_takes_a_little_now_and_then_is_cut_as_well() {
     within(reader).await.unwrap();
 }
 
-/// Its window and the socket's buffer hold MiBs, so that few steps of its progress show.
+/// Its window and the socket's buffer hold megabytes, so that few steps of its progress show.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_but_steady_reader_is_not_taken_for_stalled() {
     let mut server = Server::with(|limits| limits.timeouts.progress = Duration::from_secs(2)).await;
@@ -868,10 +867,10 @@ async fn what_a_client_still_sends_does_not_tear_its_answer_away() {
     // So that the end of the answer waits in the server's socket when the server is done with it.
     let mut client = server.connect_narrow().await;
     let head = "GET /whole/0-199999 HTTP/1.1\r\nHost: test\r\nContent-Length: 300000\r\n\r\n";
-    let request = [head.as_bytes(), &[b'x'; 50_000]].concat();
+    let request = [head.as_bytes(), &vec![b'x'; 50_000]].concat();
     client.tcp.write_all(&request).await.unwrap();
     assert!(server.end().await.abort.is_none());
-    client.tcp.write_all(&[b'x'; 100_000]).await.unwrap();
+    client.tcp.write_all(&vec![b'x'; 100_000]).await.unwrap();
     assert_same(&client.response().await, &server.body("0-199999"));
     drop(client);
 

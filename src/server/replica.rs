@@ -8,7 +8,7 @@
 //! ```
 //!
 //! A replica ends by a signal ([`Replica::drain`]) or because another process has taken over
-//! ([`handover`](super::handover), [`Replica::leave`]).
+//! ([`handover`], [`Replica::leave`]).
 //!
 //! A remote that cannot be reached is a warning: what the disk holds can be served without it (P5). One that
 //! answers «no such bucket» or denies us is a mistake in the configuration, and better found now.
