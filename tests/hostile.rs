@@ -407,7 +407,7 @@ async fn a_flood_of_silent_connections_keeps_nobody_out() {
         matches!((&mut &**stream).read(&mut [0]), Ok(0))
     });
     assert!(closed.count() > 0);
-    assert!(waited < Duration::from_secs(60), "{waited:?}");
+    assert!(waited < Duration::from_mins(1), "{waited:?}");
 }
 
 /// The limits on a client's time, from the configuration to the socket.
