@@ -262,7 +262,7 @@ fn each_block_leaves_the_remote_once() {
     }
     world.landed();
     let fetched: Vec<_> = world.fetched.lock().values().copied().collect();
-    assert_eq!(fetched, [1; BLOCKS as usize]);
+    assert_eq!(fetched, [1; 5], "each of the {BLOCKS} blocks once");
 }
 
 /// One reader leaves at once, the other stays: whoever follows hears of an end.

@@ -37,6 +37,8 @@ mod segments;
     reason = "as in the program"
 )]
 #[allow(
+    unfulfilled_lint_expectations,
+    clippy::all,
     clippy::pedantic,
     clippy::unwrap_used,
     reason = "looked at in the program"
@@ -50,6 +52,8 @@ mod disk;
     reason = "as in the program"
 )]
 #[allow(
+    unfulfilled_lint_expectations,
+    clippy::all,
     clippy::pedantic,
     clippy::unwrap_used,
     reason = "looked at in the program"
@@ -63,6 +67,8 @@ mod object;
     reason = "as in the program"
 )]
 #[allow(
+    unfulfilled_lint_expectations,
+    clippy::all,
     clippy::pedantic,
     clippy::unwrap_used,
     reason = "looked at in the program"
@@ -123,6 +129,7 @@ fn run(scheduler: impl Scheduler + 'static, check: fn()) {
 struct Condvar;
 
 #[allow(dead_code, reason = "as far as the program and its tests need it")]
+#[expect(clippy::unused_self, reason = "the real one needs it")]
 impl Condvar {
     fn new() -> Self {
         Self
@@ -153,6 +160,7 @@ impl Condvar {
 
 struct TimedOut;
 
+#[expect(clippy::unused_self, reason = "the real one needs it")]
 impl TimedOut {
     fn timed_out(&self) -> bool {
         true

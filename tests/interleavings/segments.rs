@@ -77,7 +77,7 @@ impl Tier {
     }
 
     /// Everything let go and purged: nothing is left.
-    fn is_left_empty(self) {
+    fn is_left_empty(&self) {
         let Self { disk, dir } = self;
         block_on(async {
             disk.flush().await.unwrap();
