@@ -29,6 +29,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use rustix::fs::FlockOperation;
 
 use super::DiskError;
 use super::catalog::{Batch, Catalog, Commit};
@@ -36,6 +37,9 @@ use super::tier::{DiskTier, Shared, lock, make_shards, policy_of, random_u64};
 
 /// How often the keeper looks: three calls of `stat` while all is well.
 const EVERY: Duration = Duration::from_secs(1);
+
+/// Bytes that opening the catalog may need: its log, and what a migration writes.
+const TO_OPEN: u64 = 4 << 20;
 
 /// What is written to see whether the disk takes writes.
 const PROBE: &str = "probe";
@@ -159,7 +163,15 @@ impl DiskTier {
     }
 
     /// Opens the directory: lock, shards, catalog (migrated, or set aside if it is damaged or newer), threads.
+    /// If that fails on a full disk, some of what is held makes room for it.
     pub(super) fn come_in(&self) -> Result<(), DiskError> {
+        match self.open_directory() {
+            Err(_) if self.shared.make_room_to_open() => self.open_directory(),
+            opened => opened,
+        }
+    }
+
+    fn open_directory(&self) -> Result<(), DiskError> {
         let shared = &self.shared;
         let dir = &shared.dir;
         DirBuilder::new()
@@ -198,6 +210,42 @@ impl DiskTier {
 }
 
 impl Shared {
+    /// Unlinks segment files, whichever come first, until the catalog can be opened: on a disk that our own files
+    /// fill nobody else would, and eviction needs the catalog. The rows that name them give their bytes back as
+    /// after a crash. `false`: that is not what is wrong, or there is nothing to unlink.
+    fn make_room_to_open(&self) -> bool {
+        let full =
+            || (self.file_system)(&self.dir).is_ok_and(|(_total, available)| available < TO_OPEN);
+        // Not while another process uses them.
+        let lock = File::options().write(true).open(self.dir.join("lock"));
+        let ours = lock.is_ok_and(|lock| {
+            rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
+        });
+        if !ours || !full() {
+            return false;
+        }
+        let Ok(shards) = fs::read_dir(self.dir.join("segments")) else {
+            return false;
+        };
+        let files = shards
+            .flatten()
+            .filter_map(|shard| fs::read_dir(shard.path()).ok());
+        let mut unlinked = 0_u64;
+        for file in files.flatten().flatten() {
+            if !full() {
+                break;
+            }
+            unlinked += u64::from(fs::remove_file(file.path()).is_ok());
+        }
+        if unlinked > 0 {
+            tracing::warn!(
+                directory = %self.dir.display(), files = unlinked,
+                "the disk is too full for the catalog: unlinked some of what the cache held"
+            );
+        }
+        unlinked > 0
+    }
+
     /// Why what is open here is not what the directory has; `None`: all is well, or nobody can tell.
     fn lost(&self) -> Option<String> {
         if Catalog::is_marked(&self.dir) {

@@ -95,7 +95,7 @@ pub(super) struct Shared {
     pub(super) catalog: Catalog,
     pub(super) queue: Queue,
     pub(super) sync: Box<dyn Syncer>,
-    file_system: FileSystem,
+    pub(super) file_system: FileSystem,
     /// With segment files.
     pub(super) trouble: Trouble,
     /// With the catalog: written, but not recorded.
