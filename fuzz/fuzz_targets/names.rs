@@ -76,6 +76,7 @@ static MOUNTS: LazyLock<Mounts> = LazyLock::new(|| {
         stale_if_error: Duration::ZERO,
         forbidden: ForbiddenAs::default(),
         retries: 0,
+        verify: false,
     });
     Mounts::new(mounts.into())
 });

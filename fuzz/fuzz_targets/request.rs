@@ -11,13 +11,12 @@ use pinrange::disk::{DiskConfig, DiskTier, MinFree};
 use pinrange::fill::{FillSettings, Filler};
 use pinrange::mount::{ForbiddenAs, Mount, Mounts};
 use pinrange::remote::memory::MemoryRemote;
-use pinrange::server::accept::{Acceptor, Limits};
+use pinrange::server::accept::{Acceptor, Ending, Limits};
 use pinrange::server::handler::Handler;
 use pinrange::server::io::Timeouts;
 use pinrange::server::page_in::PageIn;
 use pinrange::telemetry::Metrics;
 use pinrange::tiers::{TierSettings, Tiers};
-use tokio_util::sync::CancellationToken;
 
 const BLOCK: u64 = 4096;
 const PART: u64 = 4 * BLOCK;
@@ -56,6 +55,7 @@ fn serve() -> Served {
                 capacity: 1 << 24,
                 min_free: MinFree::Bytes(0),
                 block_size: BLOCK,
+                scrub_rate: 0,
             })
             .expect("a disk tier");
             let metrics = Metrics::default();
@@ -77,6 +77,7 @@ fn serve() -> Served {
                 stale_if_error: Duration::from_secs(300),
                 forbidden: ForbiddenAs::default(),
                 retries: 0,
+                verify: false,
             }]);
             let handler = Handler::new(Arc::new(mounts), tiers, metrics);
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
@@ -96,7 +97,7 @@ fn serve() -> Served {
             let page_in = PageIn::new().expect("threads");
             tell.send(address).expect("somebody waits");
             Acceptor::new(listener, Arc::new(handler), limits, page_in)
-                .run(CancellationToken::new(), Duration::ZERO)
+                .run(Ending::default(), Duration::ZERO)
                 .await;
         });
     });
