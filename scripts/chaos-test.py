@@ -263,18 +263,21 @@ def happen(event, replica, disk, dice, injected):
 
 
 def flip(disk, dice):
-    """One bit in each of up to 200 places of the segment files."""
-    files = sorted(path for path in disk.rglob("*.seg") if path.stat().st_size)
+    """One bit in each of up to 200 places of the segment files.
+
+    In copies that take the files' places: what the killed replica sent by sendfile may still be on its way to the clients, and it is the
+    file's own pages that are."""
+    files = {path: path.read_bytes() for path in sorted(disk.rglob("*.seg")) if path.stat().st_size}
     if not files:
         return 0
+    flipped = {}
     for _ in range(200):
-        path = dice.choice(files)
-        with open(path, "r+b") as file:
-            offset = dice.randrange(path.stat().st_size)
-            file.seek(offset)
-            byte = file.read(1)[0]
-            file.seek(offset)
-            file.write(bytes([byte ^ 1 << dice.randrange(8)]))
+        path = dice.choice(list(files))
+        copy = flipped.setdefault(path, bytearray(files[path]))
+        copy[dice.randrange(len(copy))] ^= 1 << dice.randrange(8)
+    for path, copy in flipped.items():
+        path.unlink()
+        path.write_bytes(copy)
     return 200
 
 

@@ -70,6 +70,21 @@ class Revisions:
             what = number if at == offset else "not ours"
             if not stretches or stretches[-1][1] != what:
                 stretches.append((offset, what))
+        if len(stretches) == 1 and len(data) == self.size and stretches[0][1] != "not ours":
+            return f"is revision {stretches[0][1]} but for {self._differences(data, stretches[0][1])}"
         made_of = ", ".join(f"{what} from {offset}" for offset, what in stretches[:8])
         more = f" and {len(stretches) - 8} stretches more" if len(stretches) > 8 else ""
         return f"has {len(data)} bytes of {self.size}, revision {made_of}{more}"
+
+    def _differences(self, data, number):
+        """Where the bytes differ from the revision whose pages they seem to be: a flipped bit, a hole."""
+        expected = self.stretch_of(number, 0, self.size)
+        places = [
+            offset
+            for page in range(0, self.size, PAGE)
+            if data[page : page + PAGE] != expected[page : page + PAGE]
+            for offset in range(page, page + PAGE)
+            if data[offset] != expected[offset]
+        ]
+        shown = ", ".join(f"{offset}: {data[offset]:#04x} for {expected[offset]:#04x}" for offset in places[:8])
+        return f"{len(places)} bytes from {places[0]} to {places[-1]} ({shown})"
