@@ -284,7 +284,7 @@ def leave_unclean(options, directory, revisions):
         database.execute("BEGIN")
         # Two or three pages each: about as many as may be between two checkpoints.
         rows = random.Random(2).sample(range(revisions), min(revisions, 4_000))
-        statement = "UPDATE segments SET last_used = last_used + 1000000 WHERE revision = ?"
+        statement = "UPDATE segments SET place = place + 1000000 WHERE revision = ?"
         database.executemany(statement, [(row + 2,) for row in rows])
         database.execute("COMMIT")
         # A connection that is closed in order moves its log.
