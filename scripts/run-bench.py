@@ -1,0 +1,159 @@
+"""pinrange against nginx, Varnish and the bare origin, on loopback, in one repeatable run.
+
+    cargo build --release --example origin --bin pinrange && python3 scripts/run-bench.py warm cold
+
+Server and load are pinned to different cores; competitors take turns (A B A B, then B A B A) and the medians are reported, with
+ratios: on a shared machine only these mean much. CPU is the server processes' user and system time, from /proc.
+
+    warm     random pinned ranges of a 1 GiB file in the page cache: sizes × connections
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+from bench import load, servers
+from fleet import stack
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+SIZES = (4 * KIB, 64 * KIB, MIB, 16 * MIB)
+CONNECTIONS = (1, 16, 256, 1000)
+
+
+def main():
+    options = arguments()
+    report = {"machine": machine(), "options": {key: str(value) for key, value in vars(options).items()}}
+    with tempfile.TemporaryDirectory(prefix="pinrange-bench-", dir=options.dir) as directory:
+        directory = pathlib.Path(directory)
+        # Servers that drop root's rights read below it.
+        directory.chmod(0o755)
+        try:
+            for bench in options.bench:
+                report[bench] = BENCHES[bench](options, directory)
+        except stack.Broken as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 2
+    if options.json:
+        pathlib.Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", nargs="+", choices=BENCHES)
+    parser.add_argument("--pinrange", default="target/release/pinrange", metavar="PROGRAM")
+    parser.add_argument("--origin", default="target/release/examples/origin", metavar="PROGRAM")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the median counts [5]")
+    parser.add_argument("--seconds", type=int, default=3, help="of each run [3]")
+    parser.add_argument("--server-cores", default="0", help="as taskset takes them [0]")
+    parser.add_argument("--load-cores", default="1", help="[1]")
+    parser.add_argument("--sizes", type=lambda text: [int(word) for word in text.split(",")], default=SIZES)
+    parser.add_argument("--connections", type=lambda text: [int(word) for word in text.split(",")], default=CONNECTIONS)
+    parser.add_argument("--competitors", default="pinrange,nginx", help="of pinrange, nginx, nginx-slice, varnish [pinrange,nginx]")
+    parser.add_argument("--object", type=int, default=1024, metavar="MIB", help="the object's size [1024]")
+    parser.add_argument("--dir", help="where to work: needs three times the object's size")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args()
+    for name in ("pinrange", "origin"):
+        setattr(options, name, str(pathlib.Path(getattr(options, name)).resolve(strict=True)))
+    return options
+
+
+def machine():
+    model = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    versions = {}
+    for name, command in (("nginx", ["nginx", "-v"]), ("varnish", ["varnishd", "-V"]), ("wrk", ["wrk", "-v"])):
+        try:
+            ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin"})
+            versions[name] = (ran.stdout + ran.stderr).splitlines()[0]
+        except (OSError, IndexError):
+            versions[name] = None
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "load_before": os.getloadavg()[0],
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def make_object(directory, size):
+    root = directory / "objects"
+    if not root.exists():
+        root.mkdir(mode=0o755)
+        piece = os.urandom(MIB)
+        with open(root / servers.OBJECT, "wb") as file:
+            for number in range(size // MIB):
+                file.write(number.to_bytes(8, "little") + piece[8:])
+    return root
+
+
+def warm_servers(options, processes, directory, threads=1):
+    """The competitors, each with the whole object in its cache and in the page cache; checked for right bytes first."""
+    root = make_object(directory, options.object * MIB)
+    # It has nothing to do once everybody is warm.
+    origin = servers.Origin(processes, options.origin, root, options.load_cores)
+    makers = {
+        "pinrange": lambda: servers.pinrange(
+            processes, options.pinrange, origin, directory / "cache", options.server_cores, threads
+        ),
+        "nginx": lambda: servers.nginx_static(processes, root, options.server_cores, threads),
+        "nginx-slice": lambda: servers.nginx_slice(processes, origin, directory / "slices", options.server_cores, threads),
+        "varnish": lambda: servers.varnish(processes, origin, options.server_cores),
+    }
+    competitors = [makers[name]() for name in options.competitors.split(",")]
+    expected = (root / servers.OBJECT).read_bytes()
+    for server in competitors:
+        for start in range(0, server.size, 64 * MIB):
+            status, body = server.read(start, min(start + 64 * MIB, server.size))
+            if status != 206 or body != expected[start : start + 64 * MIB]:
+                raise stack.Broken(f"{server.name} gave {status} and {len(body)} bytes for 64 MiB at {start}")
+    return competitors
+
+
+def bench_warm(options, directory):
+    rows = []
+    with stack.Processes(directory) as processes:
+        competitors = warm_servers(options, processes, directory)
+        first = competitors[0].name
+        print(f"{'size':>9} {'conns':>5} {'server':<12} {'req/s':>9} {'MB/s':>7} {'p50 µs':>7} {'p99 µs':>8} {'p99.9':>8}"
+              f" {'µs CPU/req':>10} {'CPU s/GB':>8} {'RSS MiB':>7}   {first} ÷ it: req/s, p99, CPU")
+        for size in options.sizes:
+            for connections in options.connections:
+                figures = load.interleaved(
+                    options.rounds,
+                    competitors,
+                    lambda server, number: load.wrk(
+                        directory, server, size, connections, options.seconds, options.load_cores, seed=number + 1
+                    ),
+                )
+                ours = figures[first]
+                for name, it in figures.items():
+                    ratios = (
+                        ours.requests_per_second / it.requests_per_second,
+                        ours.p99_us / max(it.p99_us, 1),
+                        ours.cpu_us_per_request / it.cpu_us_per_request,
+                    )
+                    print(
+                        f"{size:>9} {connections:>5} {name:<12} {it.requests_per_second:>9.0f} {it.bytes_per_second / 1e6:>7.0f}"
+                        f" {it.p50_us:>7.0f} {it.p99_us:>8.0f} {it.p999_us:>8.0f} {it.cpu_us_per_request:>10.2f}"
+                        f" {it.cpu_seconds_per_gb:>8.3f} {it.rss_mib:>7.1f}   "
+                        + ("" if name == first else " ".join(f"{ratio:.2f}" for ratio in ratios)),
+                        flush=True,
+                    )
+                    rows.append({"size": size, "connections": connections, "server": name, **dataclasses.asdict(it)})
+    return rows
+
+
+BENCHES = {"warm": bench_warm}
+
+if __name__ == "__main__":
+    sys.exit(main())
