@@ -51,10 +51,11 @@ class Figures:
     rss_mib: float
 
 
-def wrk(directory, server, length, connections, seconds, cores, seed=1, threads=1):
+def wrk(directory, server, length, connections, seconds, cores, seed=1, threads=1, span=None):
+    """`span`: of the object's first bytes alone."""
     script = pathlib.Path(directory) / "range.lua"
     etag = json.dumps(server.etag or "*")
-    script.write_text(LUA % {"size": server.size, "length": length, "etag": etag, "seed": seed})
+    script.write_text(LUA % {"size": span or server.size, "length": length, "etag": etag, "seed": seed})
     threads = min(threads, connections)
     command = [
         *["taskset", "-c", cores, stack.program("wrk"), "-t", str(threads), "-c", str(connections), "-d", f"{seconds}s"],
