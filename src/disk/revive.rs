@@ -203,9 +203,9 @@ impl DiskTier {
         shared.catalog.replace(catalog);
         shared.queue.reopen();
         shared.scrubber.resume();
-        self.begin(&start, checkpointer)?;
+        // First, for the threads end where the tier is out.
         shared.keeper.state.lock().out = None;
-        Ok(())
+        self.begin(&start, checkpointer)
     }
 }
 

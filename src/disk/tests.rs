@@ -1538,6 +1538,24 @@ async fn a_directory_that_was_deleted_or_replaced_is_begun_anew() {
 }
 
 #[tokio::test]
+async fn what_a_lost_catalog_knew_is_swept_once_the_directory_is_in_use_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    // Again and again: the threads must not take the tier for one that is still out, however soon they start.
+    for round in 0..20 {
+        put(&tier, "x", SEGMENT).await;
+        tier.flush().await.unwrap();
+        for name in ["lock", "catalog.sqlite"] {
+            fs::remove_file(dir.path().join(name)).unwrap();
+        }
+        tier.look_after();
+        assert!(!tier.stats().out, "{round}: {:?}", tier.trouble());
+        wait_for_sweep(&tier);
+        assert!(segment_files(dir.path()).is_empty(), "{round}");
+    }
+}
+
+#[tokio::test]
 async fn a_single_shard_that_was_deleted_is_made_again() {
     let dir = tempfile::tempdir().unwrap();
     let tier = open(dir.path());
