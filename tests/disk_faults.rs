@@ -407,6 +407,24 @@ async fn a_disk_too_full_for_the_catalog_is_opened_all_the_same() {
     assert_eq!(replica.serving.stop().code(), Some(0));
 }
 
+/// What is held makes room, though taking it out of the catalog needs some itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_without_a_free_byte_gets_well_by_eviction() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let objects = objects(&s3);
+    let replica = Mounted::start(&s3, dir.path(), &format!("size={DISK}"));
+    let serving = &replica.serving;
+    for object in &objects[..5] {
+        until_well(serving, object);
+    }
+    // All of it recorded, so that nothing fails but eviction.
+    let scrub = "POST /scrub HTTP/1.1\r\nHost: test\r\nContent-Length: 0\r\n\r\n";
+    assert_eq!(http::ask(serving.admin, scrub).status, 200);
+    replica.fill();
+    until_well(serving, &objects[5]);
+    assert_eq!(replica.serving.stop().code(), Some(0));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_starts_past_a_disk_that_cannot_be_used_yet() {
     let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());

@@ -179,11 +179,11 @@ async fn ten_thousand_flips_below_a_killed_replica_serve_nothing_wrong() {
     assert!(bucket.s3.stats().body_bytes_sent > 60 << 20);
     // A busy disk may have been passed by instead of looked at.
     scrub(&serving);
-    assert!(
-        files
-            .iter()
-            .all(|file| file.metadata().is_ok_and(|file| file.len() < 1000) || !file.exists())
-    );
+    // The flips may have missed the object of 777 bytes and the last segment of the large one.
+    for file in &files {
+        let left = file.metadata().map_or(0, |file| file.len());
+        assert!(left <= 12_345, "{left} bytes of {}", file.display());
+    }
     bucket.s3.clear_log();
     bucket.read_everything(&serving);
     assert_eq!(bucket.s3.stats().body_bytes_sent, 0, "and was kept");

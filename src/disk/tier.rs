@@ -1106,7 +1106,11 @@ impl Shared {
                 }
                 continue;
             }
-            if self.evict(short, flushed)? > 0 {
+            let evicted = self.evict(short, flushed).inspect_err(|error| {
+                let error = io::Error::other(error.to_string());
+                self.unrecorded.note("evict in", &self.dir, &error);
+            });
+            if evicted? > 0 {
                 continue;
             }
             if flushed {
@@ -1173,7 +1177,7 @@ impl Shared {
             if plan.len() == 0 {
                 break;
             }
-            let victims = plan.commit(&mut db)?;
+            let victims = self.commit(&mut plan, &mut db)?;
             self.reached(Step::Evicted);
             // The rows are gone, and nobody else knows the files: no lock is needed to unlink them.
             drop(db);
@@ -1190,6 +1194,28 @@ impl Shared {
             self.unlink_all(known, &stored);
         }
         Ok(freed)
+    }
+
+    /// Deletes the rows of what is to go, and puts back into memory what was taken out if that fails. Returns how many
+    /// segments go.
+    fn commit(&self, plan: &mut Eviction, db: &mut Db) -> Result<u64, DiskError> {
+        let victims = plan.victims();
+        let mut committed = db.evict(&victims, &plan.moved, &plan.forgettable);
+        if committed.is_err() && self.is_full() {
+            // Not even the catalog's log finds room, and perhaps nobody else ever makes some. So the files go before
+            // their rows; a row without a file serves nothing.
+            plan.close_files();
+            for victim in &victims {
+                // What cannot be unlinked is noted, and makes no room.
+                let _ = self.try_unlink(victim.incarnation);
+            }
+            committed = db.evict(&victims, &plan.moved, &plan.forgettable);
+        }
+        if let Err(error) = committed {
+            plan.put_back();
+            return Err(error);
+        }
+        Ok(victims.len() as u64)
     }
 
     /// Has the policy judge the head of a queue, and plans accordingly. Returns the bytes that will be free.
@@ -1364,21 +1390,26 @@ impl<'a> Queues<'a> {
 }
 
 impl Eviction {
-    /// Deletes the rows, and puts back into memory what was taken out if that fails. Returns how
-    /// many segments go.
-    fn commit(&mut self, db: &mut Db) -> Result<u64, DiskError> {
+    fn victims(&self) -> Vec<SegmentId> {
         let known = self
             .known
             .iter()
             .map(|(held, key, segment)| held.segment_id(*key, segment));
-        let victims: Vec<_> = known.chain(self.stored.iter().map(|(id, _)| *id)).collect();
-        if let Err(error) = db.evict(&victims, &self.moved, &self.forgettable) {
-            for (held, key, segment) in self.known.drain(..) {
-                held.state.lock().segments.insert(key, segment);
-            }
-            return Err(error);
+        known.chain(self.stored.iter().map(|(id, _)| *id)).collect()
+    }
+
+    /// Nobody sends from them, and a file that is open takes its room even without a name.
+    fn close_files(&mut self) {
+        for (_, _, segment) in &mut self.known {
+            segment.claimed = None;
+            segment.file = None;
         }
-        Ok(victims.len() as u64)
+    }
+
+    fn put_back(&mut self) {
+        for (held, key, segment) in self.known.drain(..) {
+            held.state.lock().segments.insert(key, segment);
+        }
     }
 
     fn len(&self) -> usize {
