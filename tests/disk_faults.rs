@@ -347,7 +347,7 @@ async fn a_small_disk_that_is_filled_turned_read_only_emptied_and_hidden_fails_n
         readyz(serving).contains("Read-only file system")
     });
     load.wait(REQUESTS);
-    replica.run("umount \"$1\"");
+    replica.run("umount --lazy \"$1\""); // Files may be open there.
     until_well(serving, &objects[2]);
 
     // Deleted.
@@ -371,7 +371,7 @@ async fn a_small_disk_that_is_filled_turned_read_only_emptied_and_hidden_fails_n
         readyz(serving)
     );
     load.wait(REQUESTS);
-    replica.run("umount \"$1\"");
+    replica.run("umount --lazy \"$1\""); // Files may be open there.
     until_well(serving, &objects[4]);
     assert_eq!(metric(serving, "pinrange_disk_out"), 0);
 
@@ -405,7 +405,7 @@ async fn a_disk_too_full_for_the_catalog_is_opened_all_the_same() {
     replica.fill();
     replica.run("mount -t tmpfs -o ro none \"$1\"");
     until("it says so", || metric(serving, "pinrange_disk_out") == 1);
-    replica.run("umount \"$1\"");
+    replica.run("umount --lazy \"$1\""); // Files may be open there.
     serving
         .process
         .wait_for("the disk is too full for the catalog");
