@@ -27,7 +27,7 @@ def describe():
         "cores": os.cpu_count(),
         "memory_gib": round(int(field("/proc/meminfo", "MemTotal").split()[0]) / (1 << 20), 1),
         "kernel": platform.release(),
-        "virtual": (output("systemd-detect-virt") or ["unknown"])[0],
+        "virtual": (output("systemd-detect-virt", "--vm") or ["unknown"])[0],
         "versions": {name: version(*command) for name, command in PROGRAMS.items()},
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),

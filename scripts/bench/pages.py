@@ -1,7 +1,7 @@
 """Hot ranges while others read what is on disk but not in the page cache.
 
-Two objects: a hot one, read by wrk, and a cold one, whose pages are dropped before each read of it. Each round has three runs: nobody else;
-readers of the cold object while it is in the page cache, which shows what sharing the server with them costs; the same readers while it is not.
+Two objects: a hot one, read by wrk, and a cold one, of which no range is read twice in a run. Each round has three runs: nobody else; readers of
+the cold object while it is in the page cache, which shows what sharing the server with them costs; the same readers after its pages were dropped.
 """
 
 import os
@@ -88,12 +88,16 @@ class Readers:
         self.server, self.files, self.kind, self.seed = server, files, kind, seed
         self.stop = threading.Event()
         self.failures = []
+        self.starts = list(range(0, server.size - COLD_RANGE, COLD_RANGE))
+        random.Random(seed).shuffle(self.starts)
 
     def __enter__(self):
         number = 0 if self.kind == "quiet" else READERS
         if self.kind == "beside_warm":
             read_through(self.files)
-        self.threads = [threading.Thread(target=self.read, args=(which,)) for which in range(number)]
+        if self.kind == "beside_cold":
+            drop(self.files)
+        self.threads = [threading.Thread(target=self.read) for _ in range(number)]
         for thread in self.threads:
             thread.start()
         return self
@@ -105,12 +109,12 @@ class Readers:
         if self.failures:
             raise stack.Broken(self.failures[0])
 
-    def read(self, which):
-        dice = random.Random(self.seed * READERS + which)
+    def read(self):
         while not self.stop.wait(EVERY):
-            if self.kind == "beside_cold":
-                drop(self.files)
-            start = dice.randrange(self.server.size // COLD_RANGE) * COLD_RANGE
+            try:
+                start = self.starts.pop()
+            except IndexError:
+                return
             status, _ = self.server.read(start, start + COLD_RANGE)
             if status != 206:
                 self.failures.append(f"{self.server.name} answered {status} for a cold page")

@@ -17,7 +17,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 240, 58, 12, 46, 40
 
 
 def lines(panels, per_row=2):
-    """Each panel: title, x, y (labels), log_x, log_y, series (name to points)."""
+    """Each panel: title, x, y (labels), log_x, log_y, series (name to points), and maybe how to write an x."""
     names = list(dict.fromkeys(name for panel in panels for name in panel["series"]))
     drawn = [
         f'<g transform="translate({index % per_row * WIDTH},{index // per_row * HEIGHT + 22})">{line_panel(panel, names)}</g>'
@@ -37,8 +37,9 @@ def line_panel(panel, names):
     for value in y_axis.ticks():
         parts.append(rule(LEFT, y_axis.at(value), WIDTH - RIGHT, y_axis.at(value)))
         parts.append(text(LEFT - 6, y_axis.at(value) + 4, short(value), "end"))
-    for value in x_axis.ticks():
-        parts.append(text(x_axis.at(value), HEIGHT - BOTTOM + 16, short(value), "middle"))
+    measured = sorted({x for x, _ in points})
+    for value in measured if len(measured) <= 6 else x_axis.ticks():
+        parts.append(text(x_axis.at(value), HEIGHT - BOTTOM + 16, panel.get("show_x", short)(value), "middle"))
     for name, series in panel["series"].items():
         colour = colour_of(name, names)
         path = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in series)

@@ -172,7 +172,9 @@ def warm_figures(cells):
 
 
 def milliseconds(microseconds):
-    return f"{microseconds:.0f} µs" if microseconds < 1000 else f"{microseconds / 1e3:.3g} ms"
+    if microseconds < 1e3:
+        return f"{microseconds:.0f} µs"
+    return f"{microseconds / 1e3:.3g} ms" if microseconds < 999_500 else f"{microseconds / 1e6:.3g} s"
 
 
 def whole_section(results, _):
@@ -206,8 +208,8 @@ def filling_section(results, _):
     ]
     return paragraphs(
         "### Filling the caches",
-        "One curl for the whole object, from an origin without delay or cap, which is where each of the servers above got its bytes.",
-        table(("server", "seconds", "CPU seconds", "S3 requests", "MiB from S3"), rows),
+        "Each server from its start on, and one curl for the whole object through it, from an origin without delay or cap.",
+        table(("server", "seconds of the curl", "CPU seconds since the start", "S3 requests", "MiB from S3"), rows),
     )
 
 
@@ -224,7 +226,7 @@ def pages_section(results, _):
     return paragraphs(
         "## Cold pages",
         "p99 of 64 KiB ranges of a hot object on 16 connections, one worker thread: alone; beside four readers of 1 MiB ranges of another object, 50 a second each, "
-        "that is in the page cache; and beside the same readers when its pages are dropped before each read.",
+        "that is in the page cache; and beside the same readers when its pages were dropped before.",
         table(heads, rows),
     )
 
@@ -401,7 +403,10 @@ def scale_panels(results):
                 "CPU µs a request": [(row[key], row["cpu_us_per_request"]) for row in rows],
                 "MiB resident": [(row[key], row["rss_mib"]) for row in rows],
             }
-            panels.append({"title": f"4 KiB ranges by {label}", "x": label, "y": "", "log_x": True, "series": series})
+            show_x = size_text if key == "size" else plots.short
+            panels.append(
+                {"title": f"4 KiB ranges by {label}", "x": label, "y": "", "log_x": True, "series": series, "show_x": show_x}
+            )
     return panels
 
 
