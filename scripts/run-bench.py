@@ -11,13 +11,13 @@ ratios: on a shared machine only these mean much. CPU is the server processes' u
     cold     a 1 GiB object that nobody holds, from an origin like S3: one stream, 16 ranges at once, the first byte, a second client
     shared   100 staggered clients on one cold object: what leaves the origin
     get      `pinrange get` against aria2c, curl and the AWS CLI, warm
+    get-memory  its peak memory by the object's size: needs 20 GiB of disk
 
 Results go to a JSON file, of which bench/report.py makes the page and its plots. What a run did not measure stays in the file as it was.
 """
 
 import argparse
 import http.client
-import hashlib
 import json
 import os
 import pathlib
@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 
-from bench import machine, pages, servers, warm
+from bench import download, machine, pages, servers, warm
 from fleet import stack
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -74,7 +74,7 @@ def arguments():
     parser.add_argument("--quick", action="store_true", help="a few cells, a second each: does it work?")
     parser.add_argument("--pinrange", default="target/release/pinrange", metavar="PROGRAM")
     parser.add_argument("--origin", default="target/release/examples/origin", metavar="PROGRAM")
-    parser.add_argument("--rounds", type=int, help="of which the median counts [7]")
+    parser.add_argument("--rounds", type=int, help="of which the median counts [5]")
     parser.add_argument("--other-rounds", type=int, help="of the competitors that are far behind [3]")
     parser.add_argument("--seconds", type=int, default=1, help="of each run, longer where ranges are long and connections many [1]")
     parser.add_argument("--server-cores", metavar="CORES", help="of servers with one worker thread, as taskset takes them [0]")
@@ -99,7 +99,7 @@ def arguments():
         "load_cores": upper,
         "pair_cores": "0-1",
         "pair_load_cores": upper if cores > 2 else "0-1",
-        "rounds": 2 if options.quick else 7,
+        "rounds": 2 if options.quick else 5,
         "other_rounds": 1 if options.quick else 3,
         "sizes": (4 * KIB, MIB) if options.quick else warm.SIZES,
         "connections": (16, 256) if options.quick else warm.CONNECTIONS,
@@ -270,38 +270,8 @@ def bench_shared(options, directory):
         return row
 
 
-def bench_get(options, directory):
-    rows = []
-    with stack.Processes(directory) as processes:
-        origin = servers.Origin(processes, options.origin, servers.make_object(directory, options.object * MIB), options.load_cores)
-        (server,), _ = warm.competitors(options, processes, directory, origin, ["pinrange"], options.server_cores)
-        url = f"http://127.0.0.1:{server.port}{server.path}"
-        out = directory / "out.bin"
-        commands = {
-            "get": [options.pinrange, "get", "-c", "16", "-o", out, url],
-            "aria2c": ["aria2c", "--no-conf", "-q", "-x16", "-s16", "-k1M", "--file-allocation=none", "--allow-overwrite=true",
-                       "--header", f"If-Match: {server.etag}", "-d", directory, "-o", out.name, url],
-            "curl": curl(server, to=out),
-        }
-        runs = {name: [] for name in commands}
-        expected = hashlib.md5((directory / "objects" / servers.OBJECT).read_bytes()).digest()
-        for number in range(options.rounds):
-            for name, command in commands.items():
-                runs[name].append(Timed([command], options.load_cores))
-                if hashlib.md5(out.read_bytes()).digest() != expected:
-                    raise stack.Broken(f"{name} made another file")
-                out.unlink()
-        for name, took in runs.items():
-            row = {"client": name, "seconds": statistics.median(run.seconds for run in took),
-                   "cpu_seconds": statistics.median(run.cpu for run in took),
-                   "peak_rss_mib": max(run.peak_rss for run in took) / MIB}
-            print(json.dumps(row), flush=True)
-            rows.append(row)
-    return rows
-
-
 COMPETITORS = ("pinrange", "nginx", "nginx-slice", "varnish", "traffic-server")
-BENCHES = {"warm": warm.warm, "pages": pages.pages, "cold": bench_cold, "shared": bench_shared, "get": bench_get}
+BENCHES = {"warm": warm.warm, "pages": pages.pages, "cold": bench_cold, "shared": bench_shared, "get": download.download, "get-memory": download.memory}
 
 if __name__ == "__main__":
     sys.exit(main())
