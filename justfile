@@ -43,3 +43,7 @@ flood *ARGS:
 million *ARGS:
     cargo build --release --locked
     python3 scripts/million-revisions.py --pinrange target/release/pinrange {{ARGS}}
+
+# nginx, Varnish, Traffic Server, aria2c … beside pinrange, half an hour: writes docs/PERFORMANCE.md (--quick: 3 min, does it work?)
+bench *ARGS:
+    scripts/bench.sh {{ARGS}}

@@ -280,10 +280,27 @@ def shared_section(results, _):
 
 
 def get_section(results, plotted):
-    get = result(results, "get")
-    if not isinstance(get, list):
-        return "" if not get else paragraphs("## `pinrange get`", flat(get))
-    return paragraphs("## `pinrange get`", figure("get", plotted, "download times"), flat(get))
+    get, memory = result(results, "get"), result(results, "get-memory")
+    if not get:
+        return ""
+    rows = [
+        (row["client"], f"{row['seconds']:.2f}", f"{row['cpu_seconds']:.2f}", f"{row['peak_rss_mib']:.0f}") for row in get
+    ]
+    grown = {}
+    for row in memory or []:
+        grown.setdefault(row["client"], {})[row["size"]] = f"{row['peak_rss_mib']:.1f}"
+    sizes = sorted({row["size"] for row in memory or []})
+    return paragraphs(
+        "## `pinrange get`",
+        "One warm object, from a server on a core of its own; the files are compared after the clock has stopped. Only `get` syncs what it wrote: “aria2c, sync” shows "
+        "what that takes. “memory” is a file on tmpfs, “from S3” past the replica, straight from the origin.",
+        figure("get", plotted, "download times"),
+        table(("client", "seconds", "CPU seconds", "peak MiB"), rows),
+        table(
+            ("peak MiB of", *(size_text(size) for size in sizes)),
+            [(client, *(by_size.get(size, "") for size in sizes)) for client, by_size in grown.items()],
+        ),
+    )
 
 
 SCALE = {
@@ -331,14 +348,6 @@ def scale_section(results, plotted):
     return paragraphs("## Scale", figure("scale", plotted, "cost by size, revisions, connections and mounts"), *texts) if texts else ""
 
 
-def flat(rows):
-    """A table of rows that are all alike, or of a dictionary."""
-    if isinstance(rows, dict):
-        return paragraphs(*(f"{name}: {number(value)}" if not isinstance(value, (list, dict)) else paragraphs(f"{name}:", flat(value)) for name, value in rows.items()))
-    heads = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, (list, dict))))
-    return table([head.replace("_", " ") for head in heads], [[number(row.get(head)) for head in heads] for row in rows])
-
-
 def number(value):
     if value is None:
         return ""
@@ -357,10 +366,11 @@ def draw(results):
         }
         if groups:
             drawn["cold"] = plots.bars("cold, one stream: MB/s", groups, lambda value: f"{value:,.0f}")
-    get = result(results, "get")
-    if isinstance(get, list) and get and all({"client", "seconds", "cpu_seconds"} <= row.keys() for row in get):
-        groups = {key.replace("_", " "): {row["client"]: row[key] for row in get} for key in ("seconds", "cpu_seconds")}
-        drawn["get"] = plots.bars("a warm download: wall time, and the client's CPU", groups, lambda value: f"{value:.2f}")
+    if get := result(results, "get"):
+        groups = {}
+        for row in get:
+            groups.setdefault(f"to {row['to']}", {})[row["client"].partition(",")[0] if row["to"] != "disk" else row["client"]] = row["seconds"]
+        drawn["get"] = plots.bars("a warm download: seconds", groups, lambda value: f"{value:.2f}")
     if panels := scale_panels(results):
         drawn["scale"] = plots.lines(panels)
     return drawn
