@@ -21,6 +21,7 @@ import http.client
 import json
 import os
 import pathlib
+import signal
 import socket
 import statistics
 import subprocess
@@ -36,6 +37,8 @@ KIB, MIB = 1 << 10, 1 << 20
 
 def main():
     options = arguments()
+    # Servers are ended and directories removed then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # This process is a load too, or does nothing.
     os.sched_setaffinity(0, servers.core_list(options.load_cores))
     description, failed = machine.describe(), False
@@ -270,7 +273,7 @@ def bench_shared(options, directory):
         return row
 
 
-COMPETITORS = ("pinrange", "nginx", "nginx-slice", "varnish", "traffic-server")
+COMPETITORS = ("pinrange", "nginx", "nginx-again", "nginx-slice", "varnish", "traffic-server")
 BENCHES = {"warm": warm.warm, "pages": pages.pages, "cold": bench_cold, "shared": bench_shared, "get": download.download, "get-memory": download.memory}
 
 if __name__ == "__main__":

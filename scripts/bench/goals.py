@@ -13,6 +13,7 @@ NAMES = {
     "nginx-slice": "nginx slice",
     "varnish": "Varnish",
     "traffic-server": "Traffic Server",
+    "nginx-again": "nginx again",
 }
 
 
@@ -21,12 +22,12 @@ def result(results, name):
     return results.get(name, {}).get("result")
 
 
-def ratio(cell, field, theirs):
-    """pinrange ÷ theirs: median, least and greatest of the rounds; None where the cell lacks one of them."""
-    ours, others = (cell["servers"].get(name) for name in ("pinrange", theirs))
+def ratio(cell, field, theirs, mine="pinrange"):
+    """mine ÷ theirs: median, least and greatest of the rounds; None where the cell lacks one of them."""
+    ours, others = (cell["servers"].get(name) for name in (mine, theirs))
     if not ours or not others:
         return None
-    values = [mine[field] / max(other[field], 1e-9) for mine, other in zip(ours, others)]
+    values = [our[field] / max(other[field], 1e-9) for our, other in zip(ours, others)]
     return statistics.median(values), min(values), max(values)
 
 

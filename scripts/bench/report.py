@@ -109,6 +109,11 @@ def noise(results):
     others = [run["other_cores"] for cell in warm["cells"] for runs in cell["servers"].values() for run in runs]
     spreads = [value for cell in warm["cells"] if (value := ratio(cell, cost(cell["size"]), "nginx"))]
     text = f"During the warm runs other programs used {statistics.median(others):.2f} cores (median; {max(others):.2f} at most in a run)"
+    again = [
+        abs(value[0] - 1) for cell in warm["cells"] if (value := ratio(cell, cost(cell["size"]), "nginx", "nginx-again"))
+    ]
+    if again:
+        text += f"; a second nginx differed from the first by {statistics.median(again):.1%} of CPU (median of the cells; {max(again):.1%} at most)"
     if spreads:
         widths = [(high - low) / median for median, low, high in spreads]
         text += f"; a cell's ratio of CPU spread over {statistics.median(widths):.0%} between its rounds (median of the cells; {max(widths):.0%} at most)"
@@ -123,7 +128,8 @@ def warm_section(results, plotted):
     total = sum(len(runs) for cell in warm["cells"] for runs in cell["servers"].values())
     intro = (
         f"Random pinned ranges of one object in the page cache. In all {total} runs together, S3 was asked {requests} times. "
-        "CPU is the server's, per request below 1 MiB and per GB from there on; each entry is pinrange ÷ the other."
+        "CPU is the server's, per request below 1 MiB and per GB from there on; each entry is pinrange ÷ the other. “nginx again” is a second nginx static with the same "
+        "configuration, ÷ the first: what it differs from 1 by is noise."
     )
     text = paragraphs("## Warm", intro, warm_ratios(warm["cells"]))
     text = paragraphs(
@@ -146,7 +152,7 @@ def warm_ratios(cells):
         row = [where(cell)]
         for name in others:
             for field in ("requests_per_second", "p99_us", cost(cell["size"])):
-                value = ratio(cell, field, name)
+                value = ratio(cell, field, "nginx", name) if name == "nginx-again" else ratio(cell, field, name)
                 if not value:
                     row.append("")
                 elif name == "nginx":
@@ -204,7 +210,7 @@ def filling_section(results, _):
     rows = [
         (NAMES[row["server"]], f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.2f}", row["s3_requests"], f"{row['s3_bytes'] / MIB:,.0f}")
         for row in warm["filling"]
-        if row["server"] != "nginx"
+        if not row["server"].startswith("nginx") or row["server"] == "nginx-slice"
     ]
     return paragraphs(
         "### Filling the caches",
@@ -383,7 +389,9 @@ def cpu_plot(cells):
     for cell in cells:
         if cell["connections"] == connections and "nginx" in cell["servers"]:
             medians = {
-                name: statistics.median(run[cost(cell["size"])] for run in runs) for name, runs in cell["servers"].items()
+                name: statistics.median(run[cost(cell["size"])] for run in runs)
+                for name, runs in cell["servers"].items()
+                if name != "nginx-again"
             }
             groups[size_text(cell["size"])] = {name: value / medians["nginx"] for name, value in medians.items()}
     title = f"server CPU on {connections} connections, nginx static = 1 (per request; per GB from 1 MiB on)"
@@ -397,6 +405,8 @@ def connection_plot(cells, field, label, logarithmic):
         for cell in cells:
             if cell["size"] == size:
                 for name, runs in cell["servers"].items():
+                    if name == "nginx-again":
+                        continue
                     series.setdefault(name, []).append((cell["connections"], statistics.median(run[field] for run in runs)))
         panels.append(
             {"title": size_text(size), "x": "connections", "y": label, "log_x": True, "log_y": logarithmic, "series": series}

@@ -29,6 +29,8 @@ def competitors(options, processes, directory, origin, names, cores, threads=1):
     makers = {
         "pinrange": lambda: servers.pinrange(processes, options.pinrange, origin, directory / "cache", cores, threads),
         "nginx": lambda: servers.nginx_static(processes, root, cores, threads),
+        # The same once more: what its ratio to the first differs from 1 by is noise.
+        "nginx-again": lambda: servers.nginx_static(processes, root, cores, threads, name="nginx-again"),
         "nginx-slice": lambda: servers.nginx_slice(processes, origin, directory / "slices", cores, threads),
         "varnish": lambda: servers.varnish(processes, origin, cores),
         "traffic-server": lambda: servers.traffic_server(processes, origin, directory / "traffic", cores, threads),
