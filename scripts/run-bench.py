@@ -17,19 +17,15 @@ Results go to a JSON file, of which bench/report.py makes the page and its plots
 """
 
 import argparse
-import http.client
 import json
 import os
 import pathlib
 import signal
-import socket
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 
-from bench import download, machine, pages, servers, warm
+from bench import cold, download, machine, pages, servers, warm
 from fleet import stack
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -121,160 +117,21 @@ def numbers(text):
     return [int(word) for word in text.split(",")]
 
 
-class Timed:
-    """Programs that run at once: wall time, and the CPU time of all of them."""
-
-    def __init__(self, commands, cores, patience=300):
-        begun = time.monotonic()
-        children = [
-            subprocess.Popen(servers.on(cores, *command), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for command in commands
-        ]
-        self.cpu = 0.0
-        for child in children:
-            _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-            self.cpu += usage.ru_utime + usage.ru_stime
-            if child.returncode:
-                raise stack.Broken(f"{child.args} ended with {child.returncode}: {child.stderr.read().decode()[-500:]}")
-            child.stderr.close()
-        self.seconds = time.monotonic() - begun
-        self.peak_rss = usage.ru_maxrss << 10
-
-
-def curl(server, first=None, last=None, to="/dev/null"):
-    command = ["curl", "--silent", "--show-error", "--fail", "-o", to]
-    if server.etag:
-        command += ["-H", f"If-Match: {server.etag}"]
-    if first is not None:
-        command += ["-r", f"{first}-{last}"]
-    return [*command, f"http://127.0.0.1:{server.port}{server.path}"]
-
-
-def first_byte(server, start, end):
-    """Milliseconds from the request to the first byte of its body, on a connection that is there."""
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        pin = f"If-Match: {server.etag}\r\n" if server.etag else ""
-        begun = time.monotonic()
-        connection.sendall(
-            f"GET {server.path} HTTP/1.1\r\nHost: bench\r\nRange: bytes={start}-{end - 1}\r\n{pin}\r\n".encode()
-        )
-        received = b""
-        while b"\r\n\r\n" not in received or received.endswith(b"\r\n\r\n"):
-            more = connection.recv(65536)
-            if not more:
-                raise stack.Broken(f"{server.name} closed: {received[:300]!r}")
-            received += more
-        took = (time.monotonic() - begun) * 1e3
-        if not received.startswith(b"HTTP/1.1 206"):
-            raise stack.Broken(f"{server.name} answered {received[:300]!r}")
-        # Read to its end: a client that leaves is another matter.
-        left = end - start - len(received.partition(b"\r\n\r\n")[2])
-        while left > 0 and (more := connection.recv(1 << 20)):
-            left -= len(more)
-        return took
-
-
-def purge(server):
-    connection = http.client.HTTPConnection("127.0.0.1", server.admin, timeout=60)
-    connection.request("POST", "/purge", json.dumps({"path": "/bench/*"}))
-    response = connection.getresponse()
-    response.read()
-    if response.status != 200:
-        raise stack.Broken(f"purge: {response.status}")
-    connection.close()
-
-
-def percentile(values, share):
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
-
-
-def cold_stack(options, processes, directory):
-    root = servers.make_object(directory, options.object * MIB)
-    origin = servers.Origin(processes, options.origin, root, options.load_cores)
-    direct = servers.Direct(origin)
-    ours = servers.pinrange(processes, options.pinrange, origin, directory / "cold", options.server_cores, threads=2)
-    return origin, direct, ours
-
-
-def bench_cold(options, directory):
-    """The origin shares the load's cores; both sides of each ratio use it."""
-    rows = []
-    with stack.Processes(directory) as processes:
-        origin, direct, ours = cold_stack(options, processes, directory)
-        for delay, pace in ((0, 0), (30, 90_000_000), (100, 90_000_000)):
-            origin.pace(delay, pace)
-            streams = {"direct": [], "pinrange": [], "nginx-slice": [], "varnish": []}
-            ranges = {"direct": [], "pinrange": []}
-            share = ours.size // 16
-            for number in range(max(1, options.rounds // 2)):
-                for server in (direct, ours):
-                    if server is ours:
-                        purge(ours)
-                    streams[server.name].append(Timed([curl(server)], options.load_cores).seconds)
-                    if server is ours:
-                        purge(ours)
-                    sixteen = [curl(server, part * share, (part + 1) * share - 1) for part in range(16)]
-                    ranges[server.name].append(Timed(sixteen, options.load_cores).seconds)
-                for make in (
-                    lambda inner: servers.nginx_slice(inner, origin, tempfile.mkdtemp(dir=directory), options.server_cores),
-                    lambda inner: servers.varnish(inner, origin, options.server_cores, f"varnish-{time.monotonic_ns()}"),
-                ):
-                    if number == 0 and delay < 100:
-                        with stack.Processes(pathlib.Path(tempfile.mkdtemp(dir=directory))) as inner:
-                            os.chmod(inner.directory, 0o755)
-                            server = make(inner)
-                            streams[server.name.split("-1")[0].split("-2")[0]].append(Timed([curl(server)], options.load_cores).seconds)
-            row = {
-                "first_byte_ms": delay,
-                "bytes_per_second_per_connection": pace,
-                "one_stream_seconds": {name: statistics.median(took) for name, took in streams.items() if took},
-                "sixteen_ranges_seconds": {name: statistics.median(took) for name, took in ranges.items()},
-            }
-            block = 256 * KIB
-            firsts = {"direct": [], "pinrange": []}
-            purge(ours)
-            for number in range(100):
-                # Every fourth block: nobody else's fill brings it.
-                start = number * 4 * block
-                for server in (direct, ours) if number % 2 else (ours, direct):
-                    firsts[server.name].append(first_byte(server, start, start + block))
-            row["first_byte_of_a_block_ms"] = {
-                name: {"p50": percentile(times, 0.5), "p99": percentile(times, 0.99)} for name, times in firsts.items()
-            }
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    return rows
-
-
-def bench_shared(options, directory):
-    """100 clients, each a little later than the one before it, each with another offset."""
-    with stack.Processes(directory) as processes:
-        origin, _, ours = cold_stack(options, processes, directory)
-        origin.pace(30, 90_000_000)
-        before = origin.ask()
-        children = []
-        for number in range(100):
-            start = number * 1_000_003 % (ours.size // 2)
-            children.append(
-                subprocess.Popen(servers.on(options.load_cores, *curl(ours, start, start + ours.size // 2 - 1)))
-            )
-            time.sleep(0.02)
-        if any(child.wait() for child in children):
-            raise stack.Broken("a client failed")
-        after = origin.ask()
-        ends = [number * 1_000_003 % (ours.size // 2) for number in range(100)]
-        unique = max(ends) + ours.size // 2 - min(ends)
-        row = {"clients": 100, "origin_bytes": after["bytes"] - before["bytes"], "unique_bytes": unique,
-               "ratio": (after["bytes"] - before["bytes"]) / unique, "unguarded_gets": after["unguarded_gets"] - before["unguarded_gets"],
-               "peak_rss_mib": ours.rss() / MIB}
-        print(json.dumps(row), flush=True)
-        return row
-
-
 COMPETITORS = ("pinrange", "nginx", "nginx-again", "nginx-slice", "varnish", "traffic-server")
-BENCHES = {"warm": warm.warm, "pages": pages.pages, "cold": bench_cold, "shared": bench_shared, "get": download.download, "get-memory": download.memory}
+
+
+def on_object(bench):
+    return lambda options, directory: bench(options, directory, servers.make_object(directory, options.object * MIB))
+
+
+BENCHES = {
+    "warm": warm.warm,
+    "pages": pages.pages,
+    "cold": on_object(cold.cold),
+    "shared": on_object(cold.shared),
+    "get": download.download,
+    "get-memory": download.memory,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
