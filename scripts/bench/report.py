@@ -15,7 +15,7 @@ import sys
 
 import capacity
 import plots
-from goals import KIB, MIB, NAMES, cost, goals, origin_text, ratio, result, size_text, where
+from goals import MIB, NAMES, cost, goals, origin_text, ratio, result, size_text, where
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 BEGIN, END = "<!-- what follows is written by scripts/bench/report.py -->", "<!-- what precedes is written by scripts/bench/report.py -->"
