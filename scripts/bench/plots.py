@@ -51,16 +51,20 @@ def line_panel(panel, names):
 def bars(title, groups, show):
     """`groups`: name of the group to (name to value); `show` writes a value above its bar."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
-    width = LEFT + RIGHT + sum(len(group) * 38 + 30 for group in groups.values())
+    # Wide enough for what stands below.
+    widths = {label: max(len(group) * 38, *(7 * len(line) for line in label.split(", "))) for label, group in groups.items()}
+    width = LEFT + RIGHT + sum(widths.values()) + 30 * len(groups)
     height = HEIGHT + 22
     axis = Axis([value for group in groups.values() for value in group.values()], False, height - BOTTOM, TOP + 30)
     parts = [text(LEFT, TOP + 8, title, weight="bold")]
     for value in axis.ticks():
         parts.append(rule(LEFT, axis.at(value), width - RIGHT, axis.at(value)))
         parts.append(text(LEFT - 6, axis.at(value) + 4, short(value), "end"))
-    x = LEFT + 15
+    left = LEFT + 15
     for label, group in groups.items():
-        parts.append(text(x + len(group) * 19, height - BOTTOM + 18, label, "middle"))
+        for line, words in enumerate(label.split(", ")):
+            parts.append(text(left + widths[label] / 2, height - BOTTOM + 16 + 14 * line, words, "middle"))
+        x = left + (widths[label] - len(group) * 38) / 2
         for name, value in group.items():
             top = axis.at(value)
             parts.append(
@@ -68,7 +72,7 @@ def bars(title, groups, show):
             )
             parts.append(text(x + 17, top - 4, show(value), "middle", size=10))
             x += 38
-        x += 30
+        left += widths[label] + 30
     return svg(max(width, 60 + 130 * len(names)), height, legend(names) + "".join(parts))
 
 

@@ -5,6 +5,12 @@ backend origin {
     .port = "@origin";
     .first_byte_timeout = 300s;
 }
+sub vcl_recv {
+    # For a HEAD, Varnish would fetch the whole object: to ask whether it is up would fill it.
+    if (req.method == "HEAD") {
+        return (pass);
+    }
+}
 sub vcl_backend_response {
     set beresp.ttl = 1h;
     set beresp.do_stream = true;
