@@ -104,7 +104,7 @@ def arguments():
         "other_rounds": 1 if options.quick else 3,
         "sizes": (4 * KIB, MIB) if options.quick else warm.SIZES,
         "connections": (16, 256) if options.quick else warm.CONNECTIONS,
-        "object": 64 if options.quick else 1024,
+        "object": 128 if options.quick else 1024,
     }
     for name, value in defaults.items():
         if getattr(options, name) is None:

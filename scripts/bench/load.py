@@ -15,6 +15,10 @@ from fleet import stack
 SCRIPT = pathlib.Path(__file__).with_name("range.lua")
 
 
+class NothingEnded(stack.Broken):
+    """Not one request was answered whole in the time of the run."""
+
+
 @dataclasses.dataclass
 class Figures:
     """Of one run, or the medians of several."""
@@ -61,7 +65,9 @@ def wrk(directory, server, length, connections, seconds, cores, seed=1, threads=
     bystanders, before = Bystanders(), server.cpu()
     said, load_cpu = run(command)
     cpu = server.cpu() - before
-    if said["status"] or said["broken"] or not said["requests"]:
+    if not said["requests"]:
+        raise NothingEnded(f"{server.name} answered nothing whole in {seconds} s: {said}")
+    if said["status"] or said["broken"]:
         raise stack.Broken(f"{server.name} answered {said}")
     took = said["microseconds"] / 1e6
     return Figures(

@@ -101,8 +101,11 @@ def cell(options, directory, origin, made, size, connections, threads, cores):
 
     def run(server, number):
         before = origin.ask()
-        figures = load.wrk(
-            directory, server, size, connections, seconds, cores, seed=number + 1, threads=len(servers.core_list(cores))
+        figures = patient(
+            seconds,
+            lambda longer: load.wrk(
+                directory, server, size, connections, longer, cores, seed=number + 1, threads=len(servers.core_list(cores))
+            ),
         )
         return figures, origin.ask()["requests"] - before["requests"]
 
@@ -118,6 +121,17 @@ def cell(options, directory, origin, made, size, connections, threads, cores):
         "s3_requests": {name: sum(requests for _, requests in of_one) for name, of_one in ran.items()},
         "servers": {name: [rounded(figures) for figures in of_one] for name, of_one in runs.items()},
     }
+
+
+def patient(seconds, run):
+    """Some servers take longer to answer one of a thousand long ranges whole."""
+    while True:
+        try:
+            return run(seconds)
+        except load.NothingEnded:
+            if seconds >= 20:
+                raise
+            seconds *= 2
 
 
 HEADING = (
