@@ -12,6 +12,7 @@ ratios: on a shared machine only these mean much. CPU is the server processes' u
     shared   100 staggered clients on one cold object: what leaves the origin
     get      `pinrange get` against aria2c, curl and the AWS CLI, warm
     get-memory  its peak memory by the object's size: needs 20 GiB of disk
+    sizes, revisions, connections, mounts    what it costs when there is more of each
 
 Results go to a JSON file, of which bench/report.py makes the page and its plots. What a run did not measure stays in the file as it was.
 """
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import traceback
 
-from bench import cold, download, machine, pages, servers, warm
+from bench import cold, download, machine, pages, scale, servers, warm
 from fleet import stack
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -133,6 +134,7 @@ BENCHES = {
     "shared": on_object(cold.shared),
     "get": download.download,
     "get-memory": download.memory,
+    **{run.__name__: run for run in (scale.sizes, scale.revisions, scale.connections, scale.mounts)},
 }
 QUICK = ("warm", "pages", "cold", "shared", "get")
 
