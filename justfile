@@ -47,3 +47,8 @@ million *ARGS:
 # nginx, Varnish, Traffic Server, aria2c … beside pinrange, half an hour: writes docs/PERFORMANCE.md (--quick: 3 min, does it work?)
 bench *ARGS:
     scripts/bench.sh {{ARGS}}
+
+# instructions of a warm request, against the baseline: --check, --update, --top 40
+instructions *ARGS:
+    cargo build --release --locked --bin pinrange --example origin
+    python3 scripts/instructions.py {{ARGS}}

@@ -160,7 +160,6 @@ def memory(options, directory):
             url = f"http://127.0.0.1:{server.port}{server.path}"
             for client, command in (
                 ("get", (options.pinrange, "get", "-o", out, url)),
-                ("get -c 16", (options.pinrange, "get", "-c", "16", "-o", out, url)),
                 ("get, pipe", (options.pinrange, "get", "-o", "-", url)),
             ):
                 if free(directory) < 2 * size and "pipe" not in client:

@@ -322,6 +322,7 @@ COLUMNS = {
     "memory": "reading",
     "ready_ms": "ready, ms",
     "first_touch_ms": "first touch, ms",
+    "first_fetch_ms": "first fetch, ms",
     "touch_sweeping_p50_ms": "touch beside the sweep, p50 ms",
     "touch_sweeping_p99_ms": "p99 ms",
     "touch_swept_p50_ms": "touch after it, p50 ms",
@@ -348,7 +349,11 @@ def scale_section(results, plotted):
         for part in ([row for row in rows if "memory" not in row], [row for row in rows if "memory" in row]):
             columns = {field: head for field, head in COLUMNS.items() if any(field in row for row in part)}
             lines = [
-                (size_text(row[key]) if key == "size" else f"{row[key]:,}", *(number(row.get(field)) for field in columns)) for row in part
+                (
+                    size_text(row[key]) if key == "size" else f"{row[key]:,}",
+                    *(size_text(row[field]) if field == "length" else number(row.get(field)) for field in columns),
+                )
+                for row in part
             ]
             texts.append(table((label, *columns.values()), lines))
     return paragraphs("## Scale", figure("scale", plotted, "cost by size, revisions, connections and mounts"), *texts) if texts else ""
