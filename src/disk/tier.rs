@@ -612,11 +612,11 @@ impl DiskTier {
                 shared.room.recount(before, start.bytes);
                 shared.queue.reopen();
                 shared.scrubber.resume();
-                me.begin(&start, checkpointer)?;
                 *shared.lock.lock() = Some(lock);
                 shared.released.store(false, Ordering::Release);
+                // First, for the threads end where the tier is closed.
                 shared.closed.store(false, Ordering::Release);
-                Ok(())
+                me.begin(&start, checkpointer)
             });
         taken_back.await
     }
@@ -883,6 +883,13 @@ impl Shared {
         held
     }
 
+    /// Whether it is what memory has of its revision.
+    fn keeps(&self, held: &HeldRevision) -> bool {
+        let revisions = self.revisions.lock();
+        let known = revisions.by_name.get(held.revision());
+        known.is_some_and(|known| std::ptr::eq(Arc::as_ptr(known), held))
+    }
+
     fn is_released(&self) -> bool {
         self.released.load(Ordering::Acquire)
     }
@@ -970,8 +977,9 @@ impl Shared {
         let Some(segment) = held.state.lock().segments.remove(&key) else {
             return;
         };
-        if self.is_released() {
-            // Evicted or purged by the process that writes now, which finds out itself if it was neither.
+        if self.is_released() || !self.keeps(held) {
+            // Evicted or purged by the process that writes now, or did when it was looked up. If it was neither, who
+            // knows the file better finds out.
             return;
         }
         let id = held.segment_id(key, &segment);
@@ -982,13 +990,20 @@ impl Shared {
             bytes = segment.charge.bytes(), reason = %why,
             "dropped a segment file that cannot be trusted; its bytes are fetched again when asked for"
         );
-        let deleted = db.and_then(|mut db| db.delete_segment(&id));
+        let row = db.and_then(|mut db| match db.delete_segment(&id) {
+            Ok(_) => Ok(None),
+            Err(error) => {
+                tracing::error!(%error, "could not take it out of the catalog");
+                db.segment_bytes(&id)
+            }
+        });
         self.reached(Step::Quarantined);
-        if let Err(error) = deleted {
-            // The row stays, and finds no file from now on.
-            tracing::error!(%error, "could not take it out of the catalog");
+        match row {
+            Ok(None) => segment.charge.unlink(),
+            // The row stays, finds no file from now on, and gives its bytes back when it is evicted or swept.
+            Ok(Some(bytes)) => segment.charge.leave_to_row(bytes),
+            Err(_) => {}
         }
-        segment.charge.unlink();
         drop(segment);
         self.unlink(id.incarnation);
     }
