@@ -39,7 +39,7 @@ flood *ARGS:
     cargo build --release --locked
     python3 scripts/flood-test.py --pinrange target/release/pinrange {{ARGS}}
 
-# the start of a replica that holds a million revisions
+# starts of a replica that holds a thousand and a million revisions; `run-bench.py scale` has sizes, connections and mounts too
 million *ARGS:
-    cargo build --release --locked
-    python3 scripts/million-revisions.py --pinrange target/release/pinrange {{ARGS}}
+    cargo build --release --locked --example origin --bin pinrange
+    python3 scripts/run-bench.py revisions {{ARGS}}

@@ -10,6 +10,7 @@ ratios: on a shared machine only these mean much. CPU is the server processes' u
     shared   100 staggered clients on one cold object: what leaves the origin
     pages    hot ranges while others read what is on disk but not in the page cache
     get      `pinrange get` against aria2c, curl and the AWS CLI, warm
+    scale    what it costs when there is more: sizes, revisions, connections, mounts (each of these by itself too)
 """
 
 import argparse
@@ -29,7 +30,7 @@ import tempfile
 import threading
 import time
 
-from bench import load, servers
+from bench import load, scale, servers
 from fleet import stack
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -390,6 +391,7 @@ def bench_get(options, directory):
 
 
 BENCHES = {"warm": bench_warm, "cold": bench_cold, "shared": bench_shared, "pages": bench_pages, "get": bench_get}
+BENCHES |= {run.__name__: run for run in (scale.scale, scale.sizes, scale.revisions, scale.connections, scale.mounts)}
 
 if __name__ == "__main__":
     sys.exit(main())
