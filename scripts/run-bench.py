@@ -10,12 +10,12 @@ ratios: on a shared machine only these mean much. CPU is the server processes' u
     shared   100 staggered clients on one cold object: what leaves the origin
     pages    hot ranges while others read what is on disk but not in the page cache
     get      `pinrange get` against aria2c, curl and the AWS CLI, warm
+    get-memory  its peak memory by the object's size: needs 10 GiB of disk
     scale    what it costs when there is more: sizes, revisions, connections, mounts (each of these by itself too)
 """
 
 import argparse
 import dataclasses
-import hashlib
 import http.client
 import json
 import os
@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 
-from bench import load, scale, servers
+from bench import download, load, scale, servers
 from fleet import stack
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -359,38 +359,7 @@ def read_cold(server, files, stop, number):
         server.read(start, start + 4 * MIB)
 
 
-def bench_get(options, directory):
-    rows = []
-    with stack.Processes(directory) as processes:
-        names, options.competitors = options.competitors, "pinrange"
-        (server,) = warm_servers(options, processes, directory)
-        options.competitors = names
-        url = f"http://127.0.0.1:{server.port}{server.path}"
-        out = directory / "out.bin"
-        commands = {
-            "get": [options.pinrange, "get", "-c", "16", "-o", out, url],
-            "aria2c": ["aria2c", "--no-conf", "-q", "-x16", "-s16", "-k1M", "--file-allocation=none", "--allow-overwrite=true",
-                       "--header", f"If-Match: {server.etag}", "-d", directory, "-o", out.name, url],
-            "curl": curl(server, to=out),
-        }
-        runs = {name: [] for name in commands}
-        expected = hashlib.md5((directory / "objects" / servers.OBJECT).read_bytes()).digest()
-        for number in range(options.rounds):
-            for name, command in commands.items():
-                runs[name].append(Timed([command], options.load_cores))
-                if hashlib.md5(out.read_bytes()).digest() != expected:
-                    raise stack.Broken(f"{name} made another file")
-                out.unlink()
-        for name, took in runs.items():
-            row = {"client": name, "seconds": statistics.median(run.seconds for run in took),
-                   "cpu_seconds": statistics.median(run.cpu for run in took),
-                   "peak_rss_mib": max(run.peak_rss for run in took) / MIB}
-            print(json.dumps(row), flush=True)
-            rows.append(row)
-    return rows
-
-
-BENCHES = {"warm": bench_warm, "cold": bench_cold, "shared": bench_shared, "pages": bench_pages, "get": bench_get}
+BENCHES = {"warm": bench_warm, "cold": bench_cold, "shared": bench_shared, "pages": bench_pages, "get": download.download, "get-memory": download.memory}
 BENCHES |= {run.__name__: run for run in (scale.scale, scale.sizes, scale.revisions, scale.connections, scale.mounts)}
 
 if __name__ == "__main__":

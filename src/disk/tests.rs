@@ -1060,6 +1060,10 @@ async fn headers_and_what_was_current_are_kept() {
     ));
     let changed = Arc::new(changed);
     assert_eq!(held.representation(), changed);
+    let (described, fields) = held.described();
+    assert_eq!(described, changed);
+    assert_eq!(fields, changed.fields(), "made anew");
+    assert!(fields.iter().all(|(name, _)| name != "last-modified"));
     tier.set_current(&key("x"), Some(&changed));
     tier.set_current(&key("gone"), Some(&changed));
     tier.flush().await.unwrap();
