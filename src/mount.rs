@@ -92,7 +92,7 @@ pub enum PathError {
 /// The mounts of a replica.
 #[derive(Debug)]
 pub struct Mounts {
-    /// Longest path first.
+    /// In the order of their segments, so that a look-up takes a few steps however many there are.
     mounts: Vec<(Vec<String>, Arc<Mount>)>,
 }
 
@@ -108,7 +108,7 @@ impl Mounts {
                 )
             })
             .collect();
-        mounts.sort_by_key(|(segments, _)| std::cmp::Reverse(segments.len()));
+        mounts.sort_by(|(one, _), (other, _)| one.cmp(other));
         Self { mounts }
     }
 
@@ -141,28 +141,46 @@ impl Mounts {
         if decoded.split('/').any(|part| part == "." || part == "..") {
             return Err(PathError::DotSegment);
         }
-        for (segments, mount) in &self.mounts {
-            if let Some(rest) = below(segments, path) {
-                let key = match decoded {
-                    Cow::Borrowed(_) => Cow::Borrowed(rest),
-                    Cow::Owned(_) => decode(rest)?,
-                };
-                if mount.prefix.len() + key.len() > LONGEST_KEY {
-                    return Err(PathError::TooLong);
-                }
-                return Ok((mount, key));
-            }
+        let (mount, rest) = self.find(path).ok_or(PathError::Unknown)?;
+        let key = match decoded {
+            Cow::Borrowed(_) => Cow::Borrowed(rest),
+            Cow::Owned(_) => decode(rest)?,
+        };
+        if mount.prefix.len() + key.len() > LONGEST_KEY {
+            return Err(PathError::TooLong);
         }
-        Err(PathError::Unknown)
+        Ok((mount, key))
     }
-}
 
-/// What follows these segments and a slash in a path, none of it decoded.
-fn below<'a>(segments: &[String], path: &'a str) -> Option<&'a str> {
-    segments.iter().try_fold(path, |path, here| {
-        let (there, rest) = path.split_once('/')?;
-        percent_decode_str(there).eq(here.bytes()).then_some(rest)
-    })
+    /// The mount whose path is the longest that `path` begins with, and what follows that and a slash. Neither is decoded,
+    /// nor begins with a slash.
+    fn find<'a>(&self, path: &'a str) -> Option<(&Arc<Mount>, &'a str)> {
+        let (mut among, mut rest, mut found) = (&self.mounts[..], path, None);
+        for depth in 0.. {
+            // One that ends here stands before those that go on.
+            let (segments, mount) = among.first()?;
+            if segments.len() == depth {
+                found = Some((mount, rest));
+            }
+            let Some((there, behind)) = rest.split_once('/') else {
+                break;
+            };
+            let there = percent_decode_str(there);
+            let first = among.partition_point(|(segments, _)| {
+                let here = segments.get(depth);
+                here.is_none_or(|here| here.bytes().lt(there.clone()))
+            });
+            among = &among[first..];
+            let end =
+                among.partition_point(|(segments, _)| segments[depth].bytes().eq(there.clone()));
+            among = &among[..end];
+            if among.is_empty() {
+                break;
+            }
+            rest = behind;
+        }
+        found
+    }
 }
 
 fn decode(text: &str) -> Result<Cow<'_, str>, PathError> {
@@ -191,6 +209,8 @@ fn segments(path: &str) -> impl Iterator<Item = &str> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::remote::memory::MemoryRemote;
 
@@ -280,5 +300,22 @@ mod tests {
             Err(PathError::TooLong),
             "the prefix counts"
         );
+    }
+
+    proptest! {
+        /// However many mounts there are: the one that a look at all of them finds.
+        #[test]
+        fn a_look_up_finds_what_a_look_at_all_of_them_finds(
+            paths in prop::collection::hash_set(prop::collection::vec("[ab]{1,2}", 0..4), 0..20),
+            asked in prop::collection::vec("[ab]{1,2}", 1..6),
+        ) {
+            let paths: Vec<_> = paths.iter().map(|path| format!("/{}", path.join("/"))).collect();
+            let of: Vec<_> = paths.iter().map(String::as_str).collect();
+            let asked = format!("/{}", asked.join("/"));
+            let leads = |path: &&&str| **path == "/" || asked.starts_with(&format!("{path}/"));
+            let longest = of.iter().filter(leads).max_by_key(|path| path.len());
+            let found = resolve(&mounts(&of), &asked).map(|(path, _)| path);
+            prop_assert_eq!(found.ok(), longest.map(|path| (*path).to_owned()));
+        }
     }
 }

@@ -20,6 +20,7 @@ use parking_lot::{Condvar, Mutex};
 use rusqlite::Connection;
 use tempfile::TempDir;
 
+use super::catalog::Catalog;
 use super::durability::{KernelSync, Syncer};
 use super::tier::Seams;
 use super::watch::Limits;
@@ -758,6 +759,38 @@ async fn memory_forgets_what_nobody_holds_and_finds_it_again() {
         "revisions without a byte are forgotten for good"
     );
     assert_eq!(tier.stats().used_bytes, 22 * BLOCK);
+}
+
+/// So that nobody's first touch waits for it.
+#[tokio::test]
+async fn a_sweep_that_has_no_row_to_delete_never_takes_the_catalogs_lock() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    put(&tier, "x", 3 * SEGMENT).await;
+    tier.close().await.unwrap();
+    drop(tier);
+    let tier = open(dir.path());
+    wait_for_sweep(&tier);
+    let leftover = dir
+        .path()
+        .join("segments/ab/ab00000000000000000000000000000f.seg");
+    fs::write(&leftover, "lost").unwrap();
+
+    let shared = tier.shared();
+    let lock = shared.catalog.lock().unwrap();
+    let (done, ended) = std::sync::mpsc::channel();
+    let sweeper = Arc::clone(&shared);
+    let reader = Catalog::reader(dir.path()).unwrap();
+    std::thread::spawn(move || {
+        sweep::run(&sweeper, &reader, i64::MAX);
+        done.send(()).unwrap();
+    });
+    // It waits for the lock, or does not need it.
+    let ended = ended.recv_timeout(Duration::from_secs(30));
+    drop(lock);
+    ended.unwrap();
+    assert!(!leftover.exists());
+    assert_eq!(segment_files(dir.path()).len(), 3);
 }
 
 #[tokio::test]

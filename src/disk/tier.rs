@@ -109,6 +109,8 @@ pub(super) struct Shared {
     revisions: Mutex<Revisions>,
     /// One eviction at a time, else each would evict for all.
     evictor: Mutex<()>,
+    /// Held by the thread that closes idle files.
+    closing: Mutex<()>,
     pub(super) policy: Mutex<Policy>,
     pub(super) free_space: Mutex<Option<FreeSpace>>,
     pub(super) clock: AtomicU64,
@@ -234,6 +236,7 @@ impl DiskTier {
                 trim_above: seams.revisions_in_memory,
             }),
             evictor: Mutex::new(()),
+            closing: Mutex::new(()),
             policy: Mutex::new(policy),
             free_space: Mutex::new(None),
             clock: AtomicU64::new(1),
@@ -1298,11 +1301,15 @@ impl Shared {
     }
 
     /// Closes segment files that nobody sends from, the least recently used first, once there are
-    /// too many. Blocking: looks at every revision in memory, and then makes room for a while.
+    /// too many. Blocking: looks at every revision in memory, and then makes room for a while. One thread does so
+    /// at a time; others go on meanwhile, so that there may be a few files more than that.
     pub(super) fn close_idle_files(&self) {
         if self.room.open_files() < self.max_open_files {
             return;
         }
+        let Some(_one_at_a_time) = self.closing.try_lock() else {
+            return;
+        };
         let held: Vec<_> = self.revisions.lock().by_name.values().cloned().collect();
         let mut idle = Vec::new();
         for held in &held {
