@@ -58,7 +58,7 @@ impl Stream {
     /// Uncopied, in as few system calls as they take.
     fn write(&mut self, frames: &[Bytes]) -> io::Result<()> {
         if let Some(hasher) = &mut self.hasher {
-            for frame in &frames {
+            for frame in frames {
                 hasher.update(frame);
             }
         }
