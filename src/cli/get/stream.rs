@@ -58,7 +58,9 @@ impl Stream {
     /// Uncopied, in as few system calls as they take.
     fn write(&mut self, frames: &[Bytes]) -> io::Result<()> {
         if let Some(hasher) = &mut self.hasher {
-            frames.iter().for_each(|frame| hasher.update(frame));
+            for frame in frames {
+                hasher.update(frame);
+            }
         }
         let mut slices: Vec<IoSlice<'_>> = frames.iter().map(|frame| IoSlice::new(frame)).collect();
         let mut left = slices.as_mut_slice();
