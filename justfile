@@ -43,3 +43,8 @@ flood *ARGS:
 million *ARGS:
     cargo build --release --locked
     python3 scripts/million-revisions.py --pinrange target/release/pinrange {{ARGS}}
+
+# instructions of a warm request, against the baseline: --check, --update, --top 40
+instructions *ARGS:
+    cargo build --release --locked --bin pinrange --example origin
+    python3 scripts/instructions.py {{ARGS}}

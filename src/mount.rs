@@ -4,6 +4,7 @@
 //! split at its raw slashes first and each segment is percent-decoded by itself, so that `%2F` never
 //! moves a mount's boundary (P12); then the rest is the key.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,8 +62,12 @@ impl fmt::Debug for Mount {
 impl Mount {
     /// The object that `rest` (decoded) names below this mount.
     pub fn key(&self, rest: &str) -> ObjectKey {
-        let key = [self.prefix.as_str(), rest].concat();
-        ObjectKey::new(Arc::clone(self.remote.store()), key)
+        let store = Arc::clone(self.remote.store());
+        if self.prefix.is_empty() {
+            ObjectKey::new(store, rest)
+        } else {
+            ObjectKey::new(store, [self.prefix.as_str(), rest].concat())
+        }
     }
 }
 
@@ -113,7 +118,7 @@ impl Mounts {
     }
 
     /// The mount and the decoded key (without the mount's prefix) that the path of a request target names.
-    pub fn resolve(&self, path: &str) -> Result<(&Arc<Mount>, String), PathError> {
+    pub fn resolve<'a>(&self, path: &'a str) -> Result<(&Arc<Mount>, Cow<'a, str>), PathError> {
         let (mount, key) = self.resolve_prefix(path)?;
         if key.is_empty() {
             Err(PathError::Unknown)
@@ -123,36 +128,25 @@ impl Mounts {
     }
 
     /// As [`Mounts::resolve`], but a path that ends at the mount names every key of it.
-    pub fn resolve_prefix(&self, path: &str) -> Result<(&Arc<Mount>, String), PathError> {
-        let decoded = path
-            .strip_prefix('/')
-            .ok_or(PathError::Malformed)?
-            .split('/')
-            .map(|segment| {
-                if !is_percent_encoded(segment) {
-                    return Err(PathError::Malformed);
-                }
-                let segment = percent_decode_str(segment)
-                    .decode_utf8()
-                    .map_err(|_| PathError::Malformed)?;
-                if segment.chars().any(char::is_control) {
-                    return Err(PathError::Malformed);
-                }
-                // Decoded slashes count here too: what S3 is sent has no trace of how it was written.
-                if segment.split('/').any(|part| part == "." || part == "..") {
-                    return Err(PathError::DotSegment);
-                }
-                Ok(segment)
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+    pub fn resolve_prefix<'a>(
+        &self,
+        path: &'a str,
+    ) -> Result<(&Arc<Mount>, Cow<'a, str>), PathError> {
+        let path = path.strip_prefix('/').ok_or(PathError::Malformed)?;
+        let decoded = decode(path)?;
+        if decoded.chars().any(char::is_control) {
+            return Err(PathError::Malformed);
+        }
+        // Decoded slashes count here too: what S3 is sent has no trace of how it was written.
+        if decoded.split('/').any(|part| part == "." || part == "..") {
+            return Err(PathError::DotSegment);
+        }
         for (segments, mount) in &self.mounts {
-            if decoded.len() > segments.len()
-                && decoded
-                    .iter()
-                    .zip(segments)
-                    .all(|(there, here)| there == here)
-            {
-                let key = decoded[segments.len()..].join("/");
+            if let Some(rest) = below(segments, path) {
+                let key = match decoded {
+                    Cow::Borrowed(_) => Cow::Borrowed(rest),
+                    Cow::Owned(_) => decode(rest)?,
+                };
                 if mount.prefix.len() + key.len() > LONGEST_KEY {
                     return Err(PathError::TooLong);
                 }
@@ -163,9 +157,26 @@ impl Mounts {
     }
 }
 
+/// What follows these segments and a slash in a path, none of it decoded.
+fn below<'a>(segments: &[String], path: &'a str) -> Option<&'a str> {
+    segments.iter().try_fold(path, |path, here| {
+        let (there, rest) = path.split_once('/')?;
+        percent_decode_str(there).eq(here.bytes()).then_some(rest)
+    })
+}
+
+fn decode(text: &str) -> Result<Cow<'_, str>, PathError> {
+    if !is_percent_encoded(text) {
+        return Err(PathError::Malformed);
+    }
+    percent_decode_str(text)
+        .decode_utf8()
+        .map_err(|_| PathError::Malformed)
+}
+
 /// Whether every `%` begins an escape.
-fn is_percent_encoded(segment: &str) -> bool {
-    segment.split('%').skip(1).all(|escaped| {
+fn is_percent_encoded(text: &str) -> bool {
+    text.split('%').skip(1).all(|escaped| {
         escaped.len() >= 2
             && escaped
                 .bytes()
@@ -204,7 +215,7 @@ mod tests {
     fn resolve(mounts: &Mounts, path: &str) -> Result<(String, String), PathError> {
         mounts
             .resolve(path)
-            .map(|(mount, key)| (mount.path.clone(), key))
+            .map(|(mount, key)| (mount.path.clone(), key.into_owned()))
     }
 
     #[test]
@@ -219,6 +230,16 @@ mod tests {
             resolve(&mounts, "/%61/x"),
             ok("/a", "x"),
             "an equivalent spelling"
+        );
+        assert_eq!(
+            resolve(&mounts, "/%61/b/x%2Fy%20z"),
+            ok("/a/b", "x/y z"),
+            "mount and key"
+        );
+        assert_eq!(
+            resolve(&mounts, "/a%2Fb/x"),
+            ok("/", "a/b/x"),
+            "%2F moves no boundary"
         );
         assert_eq!(
             resolve(&mounts, "/a//x/"),

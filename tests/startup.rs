@@ -308,9 +308,11 @@ async fn an_open_port_is_warned_about() {
         .env("PINRANGE_SERVER__LISTEN", "0.0.0.0:0")
         .env("PINRANGE_SERVER__ADMIN", "0.0.0.0:0");
     let serving = Serving::start(&mut command);
-    let log = serving.process.stderr();
-    assert!(log.contains("whoever reaches this port can read"), "{log}");
-    assert!(log.contains("whoever reaches this port can purge"), "{log}");
+    for warning in ["can read", "can purge"] {
+        serving
+            .process
+            .wait_for(&format!("whoever reaches this port {warning}"));
+    }
 
     let dir = tempfile::tempdir().unwrap();
     let serving = replica(&s3, dir.path());

@@ -264,6 +264,10 @@ impl Replica {
     /// load balancers can look elsewhere and clients hear that their connections end, then running responses end
     /// within the drain timeout, and what was written is made durable. Dropping the future stops waiting, not draining.
     pub async fn drain(mut self, grace: bool) -> DrainReport {
+        if grace {
+            // First: who learns of it from `/readyz` and asks has been answered like that.
+            self.data_ending.announce();
+        }
         self.readiness.send_replace(Readiness::Draining);
         if let Some(handover) = self.handover.take() {
             // It holds the listeners too.
@@ -273,7 +277,6 @@ impl Replica {
         }
         let mut report = None;
         if grace {
-            self.data_ending.announce();
             tokio::time::sleep(self.drain_grace).await;
             self.data_ending.stop_accepting();
             // Those that were taken last may not have come to their first request yet.

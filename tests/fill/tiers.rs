@@ -101,6 +101,7 @@ impl Replica {
             key: "key",
             head: &head,
             no_cache: false,
+            started: std::time::Instant::now(),
         };
         soon(self.tiers.open(&get)).await
     }
