@@ -130,13 +130,6 @@ impl FillError {
     }
 }
 
-impl Span {
-    /// The part of it that an object of `size` bytes has.
-    fn within(self, size: u64) -> Option<ByteRange> {
-        ByteRange::from_bounds(self.start, self.end.min(size))
-    }
-}
-
 impl From<ByteRange> for Span {
     fn from(range: ByteRange) -> Self {
         Self {
@@ -345,12 +338,6 @@ impl Filler {
     /// The ways to all remotes of the replica.
     pub fn origins(&self) -> &Arc<Origins> {
         &self.origins
-    }
-
-    /// How many parts could be begun now without waiting for the byte budget.
-    pub fn parts_in_budget(&self) -> usize {
-        let free = self.budget.available_permits() as u64 * PERMIT;
-        usize::try_from(free / self.settings.part_size).unwrap_or(usize::MAX)
     }
 
     fn block(&self) -> NonZeroU64 {
@@ -597,34 +584,21 @@ impl Task {
                 .flights
                 .withdraw(&self.source.revision, &self.flight)
         };
-        let ask = async {
-            match first {
-                Some(read) => Ok(origin.adopt(guard, read, span.start, span.end)),
-                None => origin
-                    .download(guard, span.start, span.end, &wanted)
-                    .await
-                    .map_err(FillError::Remote),
-            }
+        let mut download = match first {
+            Some(read) => origin.adopt(guard, read, span.start, span.end),
+            None => origin
+                .download(guard, span.start, span.end, &wanted)
+                .await
+                .map_err(FillError::Remote)?,
         };
-        let (download, place) = tokio::join!(ask, self.place(reservation));
-        // What the remote says comes first: it outranks a disk that takes nothing.
-        let (mut download, place) = (download?, place?);
         let representation = download.representation();
         let end = span.end.min(representation.size);
-        let (answered, mut writer) = self.admit(representation, place).await?;
+        let (answered, mut writer) = self.admit(representation, reservation).await?;
         while answered.view.cursor() < end {
-            let mut frames = download
+            let frames = download
                 .frames(FRAMES_AT_ONCE, &wanted)
                 .await
                 .map_err(FillError::Remote)?;
-            // Whoever waits for the first byte does not wait for all that came with it.
-            if answered.view.cursor() == span.start
-                && let Some(first) = frames.first_mut().filter(|first| first.len() > FIRST_WRITE)
-            {
-                let first = first.split_to(FIRST_WRITE);
-                writer.write(vec![first]).await.map_err(disk)?;
-                self.flight.phase.send_modify(|_cursor_moved| {});
-            }
             writer.write(frames).await.map_err(disk)?;
             self.flight.phase.send_modify(|_cursor_moved| {});
         }
@@ -645,26 +619,11 @@ impl Task {
         }
     }
 
-    /// Makes ready for the bytes while the remote is asked, where the revision is known: a file takes as long to make as
-    /// all else between the remote's first byte and the client's.
-    async fn place(&self, reservation: Reservation) -> Result<Place, FillError> {
-        let Some(held) = self.filler.arrived(&self.source.revision) else {
-            return Ok(Place::Reserved(reservation));
-        };
-        match self.flight.span.within(held.representation().size) {
-            None => Ok(Place::Reserved(reservation)),
-            Some(range) => {
-                let writer = held.writer(range, reservation).await.map_err(disk)?;
-                Ok(Place::Open(held, writer))
-            }
-        }
-    }
-
-    /// Registers the revision under the validator that came with these bytes (P2) and opens a writer, if none is open.
+    /// Registers the revision under the validator that came with these bytes (P2) and opens a writer.
     async fn admit(
         &self,
         representation: &Representation,
-        place: Place,
+        reservation: Reservation,
     ) -> Result<(Answered, BlockWriter), FillError> {
         let key = &self.source.revision.key;
         let store = &self.filler.disk;
@@ -679,27 +638,18 @@ impl Task {
         .await
         .map_err(disk)?
         .ok_or_else(FillError::purged)?;
-        let writer = match place {
-            Place::Open(before, writer) if Arc::ptr_eq(&before, &held) => writer,
-            // Purged since, and admitted anew.
-            Place::Open(..) => return Err(FillError::purged()),
-            Place::Reserved(reservation) => {
-                let range = self
-                    .flight
-                    .span
-                    .within(representation.size)
-                    .ok_or_else(|| {
-                        FillError::Remote(RemoteError::new(
-                            RemoteErrorKind::Unsatisfiable {
-                                size: Some(representation.size),
-                            },
-                            "read",
-                            "the object ends before the range",
-                        ))
-                    })?;
-                held.writer(range, reservation).await.map_err(disk)?
-            }
-        };
+        let span = self.flight.span;
+        let range = ByteRange::from_bounds(span.start, span.end.min(representation.size))
+            .ok_or_else(|| {
+                FillError::Remote(RemoteError::new(
+                    RemoteErrorKind::Unsatisfiable {
+                        size: Some(representation.size),
+                    },
+                    "read",
+                    "the object ends before the range",
+                ))
+            })?;
+        let writer = held.writer(range, reservation).await.map_err(disk)?;
         let answered = Answered {
             held,
             view: writer.view(),
@@ -711,21 +661,9 @@ impl Task {
     }
 }
 
-/// Where the bytes of a flight go.
-enum Place {
-    /// To this revision, if it is still the one that is held when the remote has answered.
-    Open(Arc<HeldRevision>, BlockWriter),
-    /// To a writer that is opened when their revision is admitted.
-    Reserved(Reservation),
-}
-
 /// Frames that are ready at once go to the disk in one write: a hop to the blocking pool costs more
 /// than writing a 16 KiB frame. 16 frames are at most a few hundred KiB of memory a flight.
 const FRAMES_AT_ONCE: usize = 16;
-
-/// Bytes that are written alone at a flight's start: a frame has up to 400 KiB, which take longer to write than all else
-/// between the remote's first byte and the client's.
-const FIRST_WRITE: usize = 64 << 10;
 
 fn disk(error: DiskError) -> FillError {
     FillError::Disk(Arc::new(error))

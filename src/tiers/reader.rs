@@ -305,9 +305,6 @@ impl Inner {
     ///
     /// Fills that are over do not count: the parts of a window that were begun at once end at once, and the remote would
     /// idle while the client catches up. So they are what is bounded, at as much again.
-    ///
-    /// Where the budget is short, what is ahead is left for later: a reader whose fills are not needed yet is not to stand
-    /// before one that waits for its first byte.
     fn read_ahead(&mut self, range: ByteRange) {
         self.follows
             .retain(|follow| follow.span().end > range.start());
@@ -331,12 +328,7 @@ impl Inner {
             .iter()
             .filter(|follow| !follow.is_over())
             .count();
-        let mut room = fan_out.saturating_sub(under_way);
-        // The gaps of a short range are joined together: its head waits for the answers to all.
-        if range.len() > part_size {
-            let needed = usize::from(self.follows.is_empty());
-            room = room.min(needed.max(self.means.filler.parts_in_budget()));
-        }
+        let room = fan_out.saturating_sub(under_way);
         if room == 0 {
             return;
         }
