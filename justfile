@@ -39,7 +39,16 @@ flood *ARGS:
     cargo build --release --locked
     python3 scripts/flood-test.py --pinrange target/release/pinrange {{ARGS}}
 
-# the start of a replica that holds a million revisions
+# starts of a replica that holds a thousand and a million revisions
 million *ARGS:
-    cargo build --release --locked
-    python3 scripts/million-revisions.py --pinrange target/release/pinrange {{ARGS}}
+    cargo build --release --locked --example origin --bin pinrange
+    python3 scripts/run-bench.py revisions {{ARGS}}
+
+# nginx, Varnish, Traffic Server, aria2c … beside pinrange, half an hour: writes docs/PERFORMANCE.md (--quick: 3 min, does it work?)
+bench *ARGS:
+    scripts/bench.sh {{ARGS}}
+
+# instructions of a warm request, against the baseline: --check, --update, --top 40
+instructions *ARGS:
+    cargo build --release --locked --bin pinrange --example origin
+    python3 scripts/instructions.py {{ARGS}}

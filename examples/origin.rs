@@ -18,7 +18,9 @@ use pinrange::strict_s3::{Options, StrictS3};
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
-    let directory = arguments.next().ok_or("name the directory of the objects")?;
+    let directory = arguments
+        .next()
+        .ok_or("name the directory of the objects")?;
     let s3 = StrictS3::start(Options::directory("bench", directory)).await?;
     set(&s3, &arguments.collect::<Vec<_>>())?;
     println!("{}", s3.endpoint());

@@ -22,15 +22,13 @@ import json
 import os
 import pathlib
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
-from fleet import clients, revisions, stack
+from fleet import clients, frame, revisions, stack
 
 MIB = 1 << 20
 OBJECTS = ("a.bin", "b.bin", "c.bin")
@@ -45,28 +43,7 @@ def main():
         os.environ[UNSHARED] = "1"
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         os.execvp("unshare", ["unshare", *user, "--mount", sys.executable, *sys.argv])
-    signal.signal(signal.SIGALRM, give_up)
-    signal.signal(signal.SIGTERM, give_up)
-    signal.alarm(int(options.seconds + 240))
-    directory = pathlib.Path(tempfile.mkdtemp(prefix="pinrange-chaos-", dir=options.dir))
-    try:
-        report = run(options, directory)
-    except (stack.Broken, OSError, subprocess.CalledProcessError) as error:
-        print(f"chaos: {error}\nchaos: logs are kept in {directory}", file=sys.stderr)
-        return 2
-    if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
-    show(report)
-    if report["violations"]:
-        shutil.rmtree(directory / "garage", ignore_errors=True)
-        print(f"logs are kept in {directory}")
-        return 1
-    shutil.rmtree(directory)
-    return 0
-
-
-def give_up(signum, _frame):
-    raise stack.Broken(f"ended by {signal.Signals(signum).name}")
+    return frame.judge("chaos", run, show, options, options.seconds + 240, heavy=("garage",))
 
 
 def arguments():

@@ -17,46 +17,20 @@ promises were kept, 1 if not, 2 if the run itself could not be made.
 
 import argparse
 import collections
-import json
 import pathlib
 import re
-import shutil
-import signal
 import statistics
 import sys
-import tempfile
 import time
 
-from fleet import clients, revisions, stack
+from fleet import clients, frame, revisions, stack
 
 
 def main():
     options = arguments()
     # A hang anywhere ends the run: every wait below is shorter than this together.
     limit = int(options.fast_for + options.slow_for + 180)
-    signal.signal(signal.SIGALRM, give_up)
-    signal.signal(signal.SIGTERM, give_up)
-    signal.alarm(limit)
-    directory = pathlib.Path(tempfile.mkdtemp(prefix="pinrange-fleet-", dir=options.dir))
-    try:
-        report = run(options, directory)
-    except (stack.Broken, OSError) as error:
-        print(f"fleet: {error}\nfleet: logs are kept in {directory}", file=sys.stderr)
-        return 2
-    if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
-    show(report)
-    if report["violations"]:
-        for junk in (*directory.glob("cache*"), directory / "garage"):
-            shutil.rmtree(junk, ignore_errors=True)
-        print(f"logs are kept in {directory}")
-        return 1
-    shutil.rmtree(directory)
-    return 0
-
-
-def give_up(signum, _frame):
-    raise stack.Broken(f"ended by {signal.Signals(signum).name}")
+    return frame.judge("fleet", run, show, options, limit, heavy=("cache*", "garage"))
 
 
 def arguments():

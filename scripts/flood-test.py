@@ -25,15 +25,15 @@ import pathlib
 import re
 import resource
 import select
-import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
+
+from fleet import frame
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BASE, EACH = 64 * MIB, 32 * KIB
@@ -43,39 +43,20 @@ SLOW_RATE = 8 * KIB
 ROOM = 500
 
 
-class Broken(Exception):
-    """The run could not be made."""
-
-
 def main():
     options = arguments()
-    signal.signal(signal.SIGALRM, give_up)
-    signal.signal(signal.SIGTERM, give_up)
-    signal.alarm(int(120 + options.rounds * (60 + 4 * options.seconds)))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     wanted = options.idle + options.slow + options.heads + 2 * ROOM
     if hard != resource.RLIM_INFINITY and hard < 2 * wanted + 256:
         print(f"flood: needs {2 * wanted + 256} open files, the limit is {hard}: use fewer --idle", file=sys.stderr)
         return 2
-    directory = pathlib.Path(tempfile.mkdtemp(prefix="pinrange-flood-", dir=options.dir))
-    try:
-        report = Run(options, directory).report()
-    except (Broken, OSError, subprocess.SubprocessError) as error:
-        print(f"flood: {error}\nflood: logs are kept in {directory}", file=sys.stderr)
-        return 2
-    if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
+    limit = 120 + options.rounds * (60 + 4 * options.seconds)
+    return frame.judge("flood", lambda options, directory: Run(options, directory).report(), show, options, limit)
+
+
+def show(report):
     print(json.dumps(report, indent=2))
-    if report["violations"]:
-        print(f"flood: logs are kept in {directory}", file=sys.stderr)
-        return 1
-    shutil.rmtree(directory)
-    return 0
-
-
-def give_up(signum, _frame):
-    raise Broken(f"ended by {signal.Signals(signum).name}")
 
 
 def arguments():
@@ -213,7 +194,7 @@ class Run:
             # No faster than they are accepted: what the listen queue cannot hold comes seconds later.
             while number % 256 == 255 and self.taken(replica) < min(number, limit) - 256:
                 if time.monotonic() > patience:
-                    raise Broken(f"of {number} silent connections few are accepted")
+                    raise frame.Broken(f"of {number} silent connections few are accepted")
                 time.sleep(0.05)
         while replica.metric("pinrange_connections_displaced_total") == 0:
             if time.monotonic() > patience:
@@ -281,7 +262,7 @@ class Server:
             if self.process.poll() is not None:
                 break
             time.sleep(0.1)
-        raise Broken(f"{self.log.name} does not say {pattern}: {self.log.read_text(errors='replace')[-500:]}")
+        raise frame.Broken(f"{self.log.name} does not say {pattern}: {self.log.read_text(errors='replace')[-500:]}")
 
     @staticmethod
     def address(text):
@@ -293,7 +274,7 @@ class Server:
         metrics = urllib.request.urlopen(url, timeout=10).read().decode()
         found = re.search(rf"^{name} (\d+)$", metrics, re.MULTILINE)
         if found is None:
-            raise Broken(f"no metric {name}")
+            raise frame.Broken(f"no metric {name}")
         return int(found[1])
 
     def memory(self, what="VmRSS"):
@@ -337,7 +318,7 @@ class Fast:
         while (end := got.find(b"\r\n\r\n")) < 0 or len(got) < end + 4 + RANGE:
             more = self.socket.recv(256 * KIB)
             if not more:
-                raise Broken(f"the fast client was cut: {bytes(got[:200])}")
+                raise frame.Broken(f"the fast client was cut: {bytes(got[:200])}")
             got += more
         return bytes(got[:end]), bytes(got[end + 4 :])
 
@@ -376,7 +357,7 @@ class Crowd:
         there.close()
         self.here.settimeout(60)
         if self.here.recv(1) != b"!":
-            raise Broken("the crowd did not get in")
+            raise frame.Broken("the crowd did not get in")
         return self
 
     def stop(self):
@@ -402,7 +383,7 @@ class Crowd:
         for connection in [*idle, *slow]:
             connection.settimeout(60)
             if not connection.recv(1024).startswith(b"HTTP/1.1 20"):
-                raise Broken("not answered")
+                raise frame.Broken("not answered")
             connection.setblocking(False)
         for connection in heads:
             connection.setblocking(False)

@@ -1,278 +1,142 @@
-"""pinrange against nginx, Varnish and the bare origin, on loopback, in one repeatable run.
+"""pinrange against nginx, Varnish, Traffic Server and the bare origin, on loopback, in one repeatable run.
 
-    cargo build --release --example origin --bin pinrange && python3 scripts/run-bench.py warm cold
+    scripts/bench.sh                         everything: installs, builds, measures, writes docs/PERFORMANCE.md
+    python3 scripts/run-bench.py warm cold   some of it, of what is built and installed
 
 Server and load are pinned to different cores; competitors take turns (A B A B, then B A B A) and the medians are reported, with
-ratios: on a shared machine only these mean much. CPU is the server processes' user and system time, from /proc.
+ratios: on a shared machine only these mean much. CPU is the server processes' user and system time, by the kernel's account.
 
-    warm     random pinned ranges of a 1 GiB file in the page cache: sizes × connections
+    warm     random pinned ranges of a 1 GiB file in the page cache: sizes × connections; the whole of it on one connection
+    pages    hot ranges while others read what is on disk but not in the page cache
     cold     a 1 GiB object that nobody holds, from an origin like S3: one stream, 16 ranges at once, the first byte, a second client
     shared   100 staggered clients on one cold object: what leaves the origin
-    pages    hot ranges while others read what is on disk but not in the page cache
     get      `pinrange get` against aria2c, curl and the AWS CLI, warm
+    get-memory  its peak memory by the object's size: needs 20 GiB of disk
+    sizes, revisions, connections, mounts    what it costs when there is more of each
+
+Results go to a JSON file, of which bench/report.py makes the page and its plots. What a run did not measure stays in the file as it was.
 """
 
 import argparse
-import dataclasses
-import hashlib
 import json
 import os
 import pathlib
-import platform
-import random
-import statistics
-import subprocess
+import signal
 import sys
 import tempfile
-import threading
-import time
+import traceback
 
-from bench import cold, load, servers
+from bench import cold, download, machine, pages, scale, servers, warm
 from fleet import stack
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-SIZES = (4 * KIB, 64 * KIB, MIB, 16 * MIB)
-CONNECTIONS = (1, 16, 256, 1000)
+KIB, MIB = 1 << 10, 1 << 20
 
 
 def main():
     options = arguments()
-    report = {"machine": machine(), "options": {key: str(value) for key, value in vars(options).items()}}
-    with tempfile.TemporaryDirectory(prefix="pinrange-bench-", dir=options.dir) as directory:
-        directory = pathlib.Path(directory)
-        # Servers that drop root's rights read below it.
-        directory.chmod(0o755)
+    # Servers are ended and directories removed then, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # This process is a load too, or does nothing.
+    os.sched_setaffinity(0, servers.core_list(options.load_cores))
+    description, failed = machine.describe(), False
+    for name in options.bench or (QUICK if options.quick else BENCHES):
+        weather = machine.Weather()
         try:
-            for bench in options.bench:
-                report[bench] = BENCHES[bench](options, directory)
-        except stack.Broken as error:
-            print(f"bench: {error}", file=sys.stderr)
-            return 2
-    if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+            with tempfile.TemporaryDirectory(prefix="pinrange-bench-", dir=options.dir) as directory:
+                # Servers that drop root's rights read below it.
+                os.chmod(directory, 0o755)
+                result = BENCHES[name](options, pathlib.Path(directory))
+        except Exception as error:  # What one did not foresee must not cost half an hour of the others.
+            if not isinstance(error, stack.Broken):
+                traceback.print_exc()
+            print(f"bench: {name}: {error}", file=sys.stderr)
+            failed = True
+            continue
+        section = {
+            "machine": description | weather.report(),
+            "options": {key: value for key, value in vars(options).items() if key not in ("bench", "dir", "json", "origin", "pinrange")},
+            "result": result,
+        }
+        print(f"{name}: {section['machine']['seconds']} s", flush=True)
+        if options.json:
+            keep(pathlib.Path(options.json), name, section)
+    return 2 if failed else 0
+
+
+def keep(file, name, section):
+    """At once: what comes later may fail."""
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results[name] = section
+    file.write_text(json.dumps(results, separators=(",", ":")).replace('{"requests_per_second"', '\n{"requests_per_second"') + "\n")
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", nargs="+", choices=BENCHES)
+    parser.add_argument("bench", nargs="*", metavar="BENCH", help=f"of {', '.join(BENCHES)} [all]")
+    parser.add_argument("--quick", action="store_true", help="a few cells, a second each: does it work?")
     parser.add_argument("--pinrange", default="target/release/pinrange", metavar="PROGRAM")
     parser.add_argument("--origin", default="target/release/examples/origin", metavar="PROGRAM")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median counts [5]")
-    parser.add_argument("--seconds", type=int, default=3, help="of each run [3]")
-    parser.add_argument("--server-cores", default="0", help="as taskset takes them [0]")
-    parser.add_argument("--load-cores", default="1", help="[1]")
-    parser.add_argument("--sizes", type=lambda text: [int(word) for word in text.split(",")], default=SIZES)
-    parser.add_argument("--connections", type=lambda text: [int(word) for word in text.split(",")], default=CONNECTIONS)
-    parser.add_argument("--competitors", default="pinrange,nginx", help="of pinrange, nginx, nginx-slice, varnish [pinrange,nginx]")
-    parser.add_argument("--object", type=int, default=1024, metavar="MIB", help="the object's size [1024]")
-    parser.add_argument("--dir", help="where to work: needs three times the object's size")
+    parser.add_argument("--rounds", type=int, help="of which the median counts [5]")
+    parser.add_argument("--other-rounds", type=int, help="of the competitors that are far behind [3]")
+    parser.add_argument("--seconds", type=int, default=1, help="of each run, longer where ranges are long and connections many [1]")
+    parser.add_argument("--server-cores", metavar="CORES", help="of servers with one worker thread, as taskset takes them [0]")
+    parser.add_argument("--load-cores", metavar="CORES", help="of their load [the upper half]")
+    parser.add_argument("--pair-cores", metavar="CORES", help="of servers with two worker threads [0-1]")
+    parser.add_argument("--pair-load-cores", metavar="CORES", help="of their load [the upper half; both, where there are but two]")
+    parser.add_argument("--sizes", type=numbers)
+    parser.add_argument("--connections", type=numbers)
+    parser.add_argument("--competitors", type=lambda text: text.split(","), default=COMPETITORS, help=f"of {','.join(COMPETITORS)} [all]")
+    parser.add_argument("--object", type=int, metavar="MIB", help="the object's size [1024]")
+    parser.add_argument("--dir", help="where to work: needs six times the object's size")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
+    if unknown := set(options.bench) - set(BENCHES):
+        parser.error(f"there is no {', '.join(unknown)}: choose from {', '.join(BENCHES)}")
+    cores = os.cpu_count()
+    if cores < 2:
+        parser.error("server and load need a core each")
+    upper = f"{cores // 2}-{cores - 1}"
+    defaults = {
+        "server_cores": "0",
+        "load_cores": upper,
+        "pair_cores": "0-1",
+        "pair_load_cores": upper if cores > 2 else "0-1",
+        "rounds": 2 if options.quick else 5,
+        "other_rounds": 1 if options.quick else 3,
+        "sizes": (4 * KIB, MIB) if options.quick else warm.SIZES,
+        "connections": (16, 256) if options.quick else warm.CONNECTIONS,
+        "object": 128 if options.quick else 1024,
+    }
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.pair_cells = warm.PAIR_CELLS[:1] if options.quick else warm.PAIR_CELLS
     for name in ("pinrange", "origin"):
         setattr(options, name, str(pathlib.Path(getattr(options, name)).resolve(strict=True)))
     return options
 
 
-def machine():
-    model = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
-    versions = {}
-    for name, command in (("nginx", ["nginx", "-v"]), ("varnish", ["varnishd", "-V"]), ("wrk", ["wrk", "-v"])):
-        try:
-            ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin"})
-            versions[name] = (ran.stdout + ran.stderr).splitlines()[0]
-        except (OSError, IndexError):
-            versions[name] = None
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "load_before": os.getloadavg()[0],
-        "versions": versions,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def numbers(text):
+    return [int(word) for word in text.split(",")]
 
 
-def make_object(directory, size):
-    root = directory / "objects"
-    if not root.exists():
-        root.mkdir(mode=0o755)
-        piece = os.urandom(MIB)
-        with open(root / servers.OBJECT, "wb") as file:
-            for number in range(size // MIB):
-                file.write(number.to_bytes(8, "little") + piece[8:])
-    return root
+COMPETITORS = ("pinrange", "nginx", "nginx-again", "nginx-slice", "varnish", "traffic-server")
 
 
-def warm_servers(options, processes, directory, threads=1):
-    """The competitors, each with the whole object in its cache and in the page cache; checked for right bytes first."""
-    root = make_object(directory, options.object * MIB)
-    # It has nothing to do once everybody is warm.
-    origin = servers.Origin(processes, options.origin, root, options.load_cores)
-    makers = {
-        "pinrange": lambda: servers.pinrange(
-            processes, options.pinrange, origin, directory / "cache", options.server_cores, threads
-        ),
-        "nginx": lambda: servers.nginx_static(processes, root, options.server_cores, threads),
-        "nginx-slice": lambda: servers.nginx_slice(processes, origin, directory / "slices", options.server_cores, threads),
-        "varnish": lambda: servers.varnish(processes, origin, options.server_cores),
-    }
-    competitors = [makers[name]() for name in options.competitors.split(",")]
-    expected = (root / servers.OBJECT).read_bytes()
-    for server in competitors:
-        for start in range(0, server.size, 64 * MIB):
-            status, body = server.read(start, min(start + 64 * MIB, server.size))
-            if status != 206 or body != expected[start : start + 64 * MIB]:
-                raise stack.Broken(f"{server.name} gave {status} and {len(body)} bytes for 64 MiB at {start}")
-    return competitors
+def on_object(bench):
+    return lambda options, directory: bench(options, directory, servers.make_object(directory, options.object * MIB))
 
 
-def bench_warm(options, directory):
-    rows = []
-    with stack.Processes(directory) as processes:
-        competitors = warm_servers(options, processes, directory)
-        first = competitors[0].name
-        print(f"{'size':>9} {'conns':>5} {'server':<12} {'req/s':>9} {'MB/s':>7} {'p50 µs':>7} {'p99 µs':>8} {'p99.9':>8}"
-              f" {'µs CPU/req':>10} {'CPU s/GB':>8} {'RSS MiB':>7}   {first} ÷ it: req/s, p99, CPU")
-        for size in options.sizes:
-            for connections in options.connections:
-                figures = load.interleaved(
-                    options.rounds,
-                    competitors,
-                    lambda server, number: load.wrk(
-                        directory, server, size, connections, options.seconds, options.load_cores, seed=number + 1
-                    ),
-                )
-                ours = figures[first]
-                for name, it in figures.items():
-                    ratios = (
-                        ours.requests_per_second / it.requests_per_second,
-                        ours.p99_us / max(it.p99_us, 1),
-                        ours.cpu_us_per_request / it.cpu_us_per_request,
-                    )
-                    print(
-                        f"{size:>9} {connections:>5} {name:<12} {it.requests_per_second:>9.0f} {it.bytes_per_second / 1e6:>7.0f}"
-                        f" {it.p50_us:>7.0f} {it.p99_us:>8.0f} {it.p999_us:>8.0f} {it.cpu_us_per_request:>10.2f}"
-                        f" {it.cpu_seconds_per_gb:>8.3f} {it.rss_mib:>7.1f}   "
-                        + ("" if name == first else " ".join(f"{ratio:.2f}" for ratio in ratios)),
-                        flush=True,
-                    )
-                    rows.append({"size": size, "connections": connections, "server": name, **dataclasses.asdict(it)})
-    return rows
-
-
-class Timed:
-    """Programs that run at once: wall time, and the CPU time of all of them."""
-
-    def __init__(self, commands, cores, patience=300):
-        begun = time.monotonic()
-        children = [
-            subprocess.Popen(servers.on(cores, *command), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for command in commands
-        ]
-        self.cpu = 0.0
-        for child in children:
-            _, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
-            self.cpu += usage.ru_utime + usage.ru_stime
-            if child.returncode:
-                raise stack.Broken(f"{child.args} ended with {child.returncode}: {child.stderr.read().decode()[-500:]}")
-            child.stderr.close()
-        self.seconds = time.monotonic() - begun
-        self.peak_rss = usage.ru_maxrss << 10
-
-
-def curl(server, first=None, last=None, to="/dev/null"):
-    command = ["curl", "--silent", "--show-error", "--fail", "-o", to]
-    if server.etag:
-        command += ["-H", f"If-Match: {server.etag}"]
-    if first is not None:
-        command += ["-r", f"{first}-{last}"]
-    return [*command, f"http://127.0.0.1:{server.port}{server.path}"]
-
-
-def bench_cold(options, directory):
-    return cold.cold(options, directory, make_object(directory, options.object * MIB))
-
-
-def bench_shared(options, directory):
-    return cold.shared(options, directory, make_object(directory, options.object * MIB))
-
-
-def bench_pages(options, directory):
-    """p99 of 64 KiB ranges of a hot stretch, quiet and while cold files are read."""
-    rows = []
-    with stack.Processes(directory) as processes:
-        names, options.competitors = options.competitors, "pinrange,nginx"
-        competitors = warm_servers(options, processes, directory)
-        options.competitors = names
-        for server in competitors:
-            files = sorted((directory / "cache").rglob("*.seg")) if server.name == "pinrange" else [directory / "objects" / servers.OBJECT]
-            quiet, beside = [], []
-            for number in range(options.rounds):
-                quiet.append(load.wrk(directory, server, 64 * KIB, 16, options.seconds, options.load_cores, seed=number, span=64 * MIB))
-                stop = threading.Event()
-                readers = [threading.Thread(target=read_cold, args=(server, files, stop, n)) for n in range(4)]
-                for reader in readers:
-                    reader.start()
-                beside.append(load.wrk(directory, server, 64 * KIB, 16, options.seconds, options.load_cores, seed=number, span=64 * MIB))
-                stop.set()
-                for reader in readers:
-                    reader.join()
-            row = {
-                "server": server.name,
-                "quiet_p99_us": statistics.median(run.p99_us for run in quiet),
-                "beside_p99_us": statistics.median(run.p99_us for run in beside),
-            }
-            row["ratio"] = row["beside_p99_us"] / row["quiet_p99_us"]
-            print(json.dumps(row), flush=True)
-            rows.append(row)
-    return rows
-
-
-def read_cold(server, files, stop, number):
-    """Reads ranges beyond the hot stretch, having dropped their pages."""
-    dice = random.Random(number)
-    while not stop.is_set():
-        for file in files:
-            with open(file, "rb") as handle:
-                begin = 64 * MIB if len(files) == 1 else 0
-                os.posix_fadvise(handle.fileno(), begin, 0, os.POSIX_FADV_DONTNEED)
-        start = dice.randrange(64 * MIB, server.size - 4 * MIB)
-        server.read(start, start + 4 * MIB)
-
-
-def bench_get(options, directory):
-    rows = []
-    with stack.Processes(directory) as processes:
-        names, options.competitors = options.competitors, "pinrange"
-        (server,) = warm_servers(options, processes, directory)
-        options.competitors = names
-        url = f"http://127.0.0.1:{server.port}{server.path}"
-        out = directory / "out.bin"
-        commands = {
-            "get": [options.pinrange, "get", "-c", "16", "-o", out, url],
-            "aria2c": ["aria2c", "--no-conf", "-q", "-x16", "-s16", "-k1M", "--file-allocation=none", "--allow-overwrite=true",
-                       "--header", f"If-Match: {server.etag}", "-d", directory, "-o", out.name, url],
-            "curl": curl(server, to=out),
-        }
-        runs = {name: [] for name in commands}
-        expected = hashlib.md5((directory / "objects" / servers.OBJECT).read_bytes()).digest()
-        for number in range(options.rounds):
-            for name, command in commands.items():
-                runs[name].append(Timed([command], options.load_cores))
-                if hashlib.md5(out.read_bytes()).digest() != expected:
-                    raise stack.Broken(f"{name} made another file")
-                out.unlink()
-        for name, took in runs.items():
-            row = {"client": name, "seconds": statistics.median(run.seconds for run in took),
-                   "cpu_seconds": statistics.median(run.cpu for run in took),
-                   "peak_rss_mib": max(run.peak_rss for run in took) / MIB}
-            print(json.dumps(row), flush=True)
-            rows.append(row)
-    return rows
-
-
-BENCHES = {"warm": bench_warm, "cold": bench_cold, "shared": bench_shared, "pages": bench_pages, "get": bench_get}
+BENCHES = {
+    "warm": warm.warm,
+    "pages": pages.pages,
+    "cold": on_object(cold.cold),
+    "shared": on_object(cold.shared),
+    "get": download.download,
+    "get-memory": download.memory,
+    **{run.__name__: run for run in (scale.sizes, scale.revisions, scale.connections, scale.mounts)},
+}
+QUICK = ("warm", "pages", "cold", "shared", "get")
 
 if __name__ == "__main__":
     sys.exit(main())

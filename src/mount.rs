@@ -4,6 +4,7 @@
 //! split at its raw slashes first and each segment is percent-decoded by itself, so that `%2F` never
 //! moves a mount's boundary (P12); then the rest is the key.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,8 +62,12 @@ impl fmt::Debug for Mount {
 impl Mount {
     /// The object that `rest` (decoded) names below this mount.
     pub fn key(&self, rest: &str) -> ObjectKey {
-        let key = [self.prefix.as_str(), rest].concat();
-        ObjectKey::new(Arc::clone(self.remote.store()), key)
+        let store = Arc::clone(self.remote.store());
+        if self.prefix.is_empty() {
+            ObjectKey::new(store, rest)
+        } else {
+            ObjectKey::new(store, [self.prefix.as_str(), rest].concat())
+        }
     }
 }
 
@@ -87,7 +92,7 @@ pub enum PathError {
 /// The mounts of a replica.
 #[derive(Debug)]
 pub struct Mounts {
-    /// Longest path first.
+    /// In the order of their segments, so that a look-up takes a few steps however many there are.
     mounts: Vec<(Vec<String>, Arc<Mount>)>,
 }
 
@@ -103,7 +108,7 @@ impl Mounts {
                 )
             })
             .collect();
-        mounts.sort_by_key(|(segments, _)| std::cmp::Reverse(segments.len()));
+        mounts.sort_by(|(one, _), (other, _)| one.cmp(other));
         Self { mounts }
     }
 
@@ -113,7 +118,7 @@ impl Mounts {
     }
 
     /// The mount and the decoded key (without the mount's prefix) that the path of a request target names.
-    pub fn resolve(&self, path: &str) -> Result<(&Arc<Mount>, String), PathError> {
+    pub fn resolve<'a>(&self, path: &'a str) -> Result<(&Arc<Mount>, Cow<'a, str>), PathError> {
         let (mount, key) = self.resolve_prefix(path)?;
         if key.is_empty() {
             Err(PathError::Unknown)
@@ -123,49 +128,73 @@ impl Mounts {
     }
 
     /// As [`Mounts::resolve`], but a path that ends at the mount names every key of it.
-    pub fn resolve_prefix(&self, path: &str) -> Result<(&Arc<Mount>, String), PathError> {
-        let decoded = path
-            .strip_prefix('/')
-            .ok_or(PathError::Malformed)?
-            .split('/')
-            .map(|segment| {
-                if !is_percent_encoded(segment) {
-                    return Err(PathError::Malformed);
-                }
-                let segment = percent_decode_str(segment)
-                    .decode_utf8()
-                    .map_err(|_| PathError::Malformed)?;
-                if segment.chars().any(char::is_control) {
-                    return Err(PathError::Malformed);
-                }
-                // Decoded slashes count here too: what S3 is sent has no trace of how it was written.
-                if segment.split('/').any(|part| part == "." || part == "..") {
-                    return Err(PathError::DotSegment);
-                }
-                Ok(segment)
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        for (segments, mount) in &self.mounts {
-            if decoded.len() > segments.len()
-                && decoded
-                    .iter()
-                    .zip(segments)
-                    .all(|(there, here)| there == here)
-            {
-                let key = decoded[segments.len()..].join("/");
-                if mount.prefix.len() + key.len() > LONGEST_KEY {
-                    return Err(PathError::TooLong);
-                }
-                return Ok((mount, key));
-            }
+    pub fn resolve_prefix<'a>(
+        &self,
+        path: &'a str,
+    ) -> Result<(&Arc<Mount>, Cow<'a, str>), PathError> {
+        let path = path.strip_prefix('/').ok_or(PathError::Malformed)?;
+        let decoded = decode(path)?;
+        if decoded.chars().any(char::is_control) {
+            return Err(PathError::Malformed);
         }
-        Err(PathError::Unknown)
+        // Decoded slashes count here too: what S3 is sent has no trace of how it was written.
+        if decoded.split('/').any(|part| part == "." || part == "..") {
+            return Err(PathError::DotSegment);
+        }
+        let (mount, rest) = self.find(path).ok_or(PathError::Unknown)?;
+        let key = match decoded {
+            Cow::Borrowed(_) => Cow::Borrowed(rest),
+            Cow::Owned(_) => decode(rest)?,
+        };
+        if mount.prefix.len() + key.len() > LONGEST_KEY {
+            return Err(PathError::TooLong);
+        }
+        Ok((mount, key))
+    }
+
+    /// The mount whose path is the longest that `path` begins with, and what follows that and a slash. Neither is decoded,
+    /// nor begins with a slash.
+    fn find<'a>(&self, path: &'a str) -> Option<(&Arc<Mount>, &'a str)> {
+        let (mut among, mut rest, mut found) = (&self.mounts[..], path, None);
+        for depth in 0.. {
+            // One that ends here stands before those that go on.
+            let (segments, mount) = among.first()?;
+            if segments.len() == depth {
+                found = Some((mount, rest));
+            }
+            let Some((there, behind)) = rest.split_once('/') else {
+                break;
+            };
+            let there = percent_decode_str(there);
+            let first = among.partition_point(|(segments, _)| {
+                let here = segments.get(depth);
+                here.is_none_or(|here| here.bytes().lt(there.clone()))
+            });
+            among = &among[first..];
+            let end =
+                among.partition_point(|(segments, _)| segments[depth].bytes().eq(there.clone()));
+            among = &among[..end];
+            if among.is_empty() {
+                break;
+            }
+            rest = behind;
+        }
+        found
     }
 }
 
+fn decode(text: &str) -> Result<Cow<'_, str>, PathError> {
+    if !is_percent_encoded(text) {
+        return Err(PathError::Malformed);
+    }
+    percent_decode_str(text)
+        .decode_utf8()
+        .map_err(|_| PathError::Malformed)
+}
+
 /// Whether every `%` begins an escape.
-fn is_percent_encoded(segment: &str) -> bool {
-    segment.split('%').skip(1).all(|escaped| {
+fn is_percent_encoded(text: &str) -> bool {
+    text.split('%').skip(1).all(|escaped| {
         escaped.len() >= 2
             && escaped
                 .bytes()
@@ -180,6 +209,8 @@ fn segments(path: &str) -> impl Iterator<Item = &str> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::remote::memory::MemoryRemote;
 
@@ -204,7 +235,7 @@ mod tests {
     fn resolve(mounts: &Mounts, path: &str) -> Result<(String, String), PathError> {
         mounts
             .resolve(path)
-            .map(|(mount, key)| (mount.path.clone(), key))
+            .map(|(mount, key)| (mount.path.clone(), key.into_owned()))
     }
 
     #[test]
@@ -219,6 +250,16 @@ mod tests {
             resolve(&mounts, "/%61/x"),
             ok("/a", "x"),
             "an equivalent spelling"
+        );
+        assert_eq!(
+            resolve(&mounts, "/%61/b/x%2Fy%20z"),
+            ok("/a/b", "x/y z"),
+            "mount and key"
+        );
+        assert_eq!(
+            resolve(&mounts, "/a%2Fb/x"),
+            ok("/", "a/b/x"),
+            "%2F moves no boundary"
         );
         assert_eq!(
             resolve(&mounts, "/a//x/"),
@@ -259,5 +300,22 @@ mod tests {
             Err(PathError::TooLong),
             "the prefix counts"
         );
+    }
+
+    proptest! {
+        /// However many mounts there are: the one that a look at all of them finds.
+        #[test]
+        fn a_look_up_finds_what_a_look_at_all_of_them_finds(
+            paths in prop::collection::hash_set(prop::collection::vec("[ab]{1,2}", 0..4), 0..20),
+            asked in prop::collection::vec("[ab]{1,2}", 1..6),
+        ) {
+            let paths: Vec<_> = paths.iter().map(|path| format!("/{}", path.join("/"))).collect();
+            let of: Vec<_> = paths.iter().map(String::as_str).collect();
+            let asked = format!("/{}", asked.join("/"));
+            let leads = |path: &&&str| **path == "/" || asked.starts_with(&format!("{path}/"));
+            let longest = of.iter().filter(leads).max_by_key(|path| path.len());
+            let found = resolve(&mounts(&of), &asked).map(|(path, _)| path);
+            prop_assert_eq!(found.ok(), longest.map(|path| (*path).to_owned()));
+        }
     }
 }

@@ -36,12 +36,12 @@ use tracing::Instrument;
 use crate::disk::{DiskError, DiskTier, HeldRevision, Lookup, PurgeTarget, Purged};
 use crate::fill::{FillError, FillSource, Filler, Follow, Span};
 use crate::mount::{ForbiddenAs, Mount};
-use crate::object::{ObjectKey, Representation, Revision, Validator};
+use crate::object::{Fields, ObjectKey, Representation, Revision, Validator};
 use crate::origin::Origin;
 use crate::remote::{RemoteError, RemoteErrorKind};
 use crate::semantics::precondition::Method;
 use crate::semantics::{
-    ByteRange, EntityTag, EntityTagList, RangeSpec, RequestHead, Verdict, evaluate,
+    ByteRange, EntityTagList, RangeSpec, Ranges, RequestHead, Verdict, evaluate,
 };
 
 use current::Keys;
@@ -238,6 +238,8 @@ pub enum Forwarded {
 pub struct Opened {
     /// What is answered with.
     pub representation: Arc<Representation>,
+    /// The header fields that say what it is.
+    pub fields: Fields,
     /// What [`evaluate`] said: decides the status.
     pub verdict: Verdict,
     /// Where a body's bytes come from; `None` where there is no body.
@@ -253,9 +255,11 @@ pub struct Get<'a> {
     /// The decoded key, without the mount's prefix.
     pub key: &'a str,
     /// Method, conditions, ranges.
-    pub head: &'a RequestHead,
+    pub head: &'a RequestHead<'a>,
     /// `Cache-Control: no-cache`: ask the remote first.
     pub no_cache: bool,
+    /// When it came.
+    pub started: Instant,
 }
 
 /// How the tiers behave.
@@ -369,19 +373,24 @@ impl Tiers {
 
     /// A pin to one revision. Nothing is ever asked that the disk can answer.
     async fn open_pinned(&self, target: &Target<'_>, pin: Validator) -> Result<Opened, Refusal> {
-        let started = Instant::now();
         let head = target.get.head;
         let source = target.source(pin, None);
         let held = self.held(&source.revision).await;
         let mut trace = Trace {
-            disk: started.elapsed(),
+            disk: target.get.started.elapsed(),
             ..Trace::default()
         };
 
         if let Some(held) = &held {
-            let representation = held.representation();
+            let (representation, fields) = held.described();
             let verdict = evaluate(head, &representation.metadata());
-            let on_disk = if covers(held, &verdict, head.method) {
+            let ranges = wanted(&verdict, representation.size, head.method);
+            // One look finds most answers: one range, all of it in one open file.
+            let extent = match ranges[..] {
+                [range] => held.extent(range),
+                _ => None,
+            };
+            let on_disk = if extent.is_some() || covers(held, &verdict, &ranges, head.method) {
                 OnDisk::Whole
             } else {
                 trace.forwarded = Some(Forwarded::Partial);
@@ -394,16 +403,25 @@ impl Tiers {
                 target.get.mount.forbidden,
             );
             if outcome == Outcome::FromDisk {
-                return self
-                    .serve(
-                        target,
-                        representation,
-                        verdict,
-                        Some(Arc::clone(held)),
-                        trace,
-                    )
-                    .await
-                    .map_err(|error| self.refuse(target, error));
+                let held = Some(Arc::clone(held));
+                let Some(extent) = extent else {
+                    return self
+                        .serve(target, representation, verdict, held, trace)
+                        .await
+                        .map_err(|error| self.refuse(target, error));
+                };
+                let source = FillSource {
+                    known: Some(Arc::clone(&representation)),
+                    ..source
+                };
+                let filler = Arc::clone(&self.filler);
+                return Ok(Opened {
+                    representation,
+                    fields,
+                    verdict,
+                    reader: Some(Reader::whole(filler, self.settings, source, held, extent)),
+                    trace,
+                });
             }
         }
 
@@ -558,13 +576,11 @@ impl Tiers {
     /// `If-Match` with several tags: a held one that covers the range answers without asking
     /// anybody. Else the request is judged by what is current.
     async fn open_listed(&self, target: &Target<'_>) -> Option<Opened> {
-        let Some(EntityTagList::Tags(tags)) = &target.get.head.if_match else {
-            return None;
-        };
+        let tags = target.get.head.if_match.as_ref()?.tags();
         if target.get.no_cache {
             return None;
         }
-        for pin in tags.iter().filter_map(Validator::from_pin) {
+        for pin in tags.iter().copied().filter_map(Validator::from_pin) {
             let revision = Revision {
                 key: target.key.clone(),
                 validator: pin,
@@ -574,7 +590,9 @@ impl Tiers {
             };
             let representation = held.representation();
             let verdict = evaluate(target.get.head, &representation.metadata());
-            if covers(&held, &verdict, target.get.head.method)
+            let method = target.get.head.method;
+            let ranges = wanted(&verdict, representation.size, method);
+            if covers(&held, &verdict, &ranges, method)
                 && let Ok(opened) = self
                     .serve(
                         target,
@@ -601,6 +619,7 @@ impl Tiers {
         mut trace: Trace,
     ) -> Result<Opened, OpenError> {
         let ranges = wanted(&verdict, representation.size, target.get.head.method);
+        let fields = representation.fields();
         let reader = if ranges.is_empty() {
             None
         } else {
@@ -618,6 +637,7 @@ impl Tiers {
         };
         Ok(Opened {
             representation,
+            fields,
             verdict,
             reader,
             trace,
@@ -625,7 +645,7 @@ impl Tiers {
     }
 
     /// Where the first read of an unknown representation begins, and how much it asks for.
-    fn first_want(&self, head: &RequestHead) -> FirstWant {
+    fn first_want(&self, head: &RequestHead<'_>) -> FirstWant {
         let block = self.disk.block_size();
         let part = self.settings.part_size;
         let whole = |start: u64| {
@@ -785,37 +805,34 @@ fn renew(held: &HeldRevision, representation: &Arc<Representation>) -> bool {
 }
 
 /// The bytes a response's body has; empty where it has none.
-fn wanted(verdict: &Verdict, size: u64, method: Method) -> Vec<ByteRange> {
+fn wanted(verdict: &Verdict, size: u64, method: Method) -> Ranges {
     match (method, verdict) {
         (Method::Get, Verdict::Full) => ByteRange::whole(size).into_iter().collect(),
         (Method::Get, Verdict::Partial(ranges)) => ranges.clone(),
         (Method::Head, _)
         | (_, Verdict::NotModified | Verdict::PreconditionFailed | Verdict::Unsatisfiable) => {
-            Vec::new()
+            Ranges::new()
         }
     }
 }
 
-/// Whether the disk alone can give the answer. A HEAD speaks for the GET it stands for.
-fn covers(held: &HeldRevision, verdict: &Verdict, method: Method) -> bool {
-    let size = held.representation().size;
+/// Whether the disk alone can give the answer, whose body has these ranges. A HEAD speaks for the GET it stands for.
+fn covers(held: &HeldRevision, verdict: &Verdict, ranges: &[ByteRange], method: Method) -> bool {
+    let is_held = |range: ByteRange| held.first_missing(range).is_none();
     match (method, verdict) {
         (Method::Head, Verdict::Full) => {
-            ByteRange::whole(size).is_none_or(|whole| held.first_missing(whole).is_none())
+            ByteRange::whole(held.representation().size).is_none_or(is_held)
         }
-        _ => wanted(verdict, size, method)
-            .iter()
-            .all(|range| held.first_missing(*range).is_none()),
+        _ => ranges.iter().copied().all(is_held),
     }
 }
 
-impl RequestHead {
+impl RequestHead<'_> {
     /// Whether the answer may turn out to have no body once the representation is known.
     fn is_undecided(&self) -> bool {
         let listed = match &self.if_match {
-            Some(EntityTagList::Tags(tags)) => {
-                tags.len() > 1 || tags.iter().any(EntityTag::is_weak)
-            }
+            Some(EntityTagList::Tags(_)) => true,
+            Some(EntityTagList::Tag(tag)) => tag.is_weak(),
             Some(EntityTagList::Any) | None => false,
         };
         listed

@@ -12,11 +12,9 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -30,7 +28,6 @@ use hyper::body::{Frame, Incoming};
 use hyper_util::rt::TokioIo;
 use pinrange::cli::get::{GetArgs, GetError, Summary, download};
 use sha2::{Digest, Sha256};
-use tokio::io::AsyncWrite;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -336,20 +333,13 @@ impl Events {
 #[derive(Clone, Default)]
 struct Stdout(Arc<Mutex<Vec<u8>>>);
 
-impl AsyncWrite for Stdout {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.lock().unwrap().extend_from_slice(bytes);
-        Poll::Ready(Ok(bytes.len()))
+        Ok(bytes.len())
     }
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -384,7 +374,7 @@ impl Bench {
         let mut list = vec![url, "-o", output];
         list.extend(more);
         let events = Box::new(self.events.clone());
-        download(&args(list), tokio::io::sink(), events, &self.cancel).await
+        download(&args(list), Box::new(io::sink()), events, &self.cancel).await
     }
 
     /// The download's file and nothing else is left.
@@ -836,7 +826,7 @@ async fn a_right_checksum_verifies_and_a_wrong_one_fails() {
             let stdout = Stdout::default();
             let list = args([&origin.url("/f"), "-o", "-"]);
             let events = Box::new(Events::default());
-            let result = download(&list, stdout.clone(), events, &bench.cancel).await;
+            let result = download(&list, Box::new(stdout.clone()), events, &bench.cancel).await;
             let got = result
                 .as_ref()
                 .map(|summary| summary.verified)
@@ -1084,7 +1074,7 @@ async fn standard_output_gets_the_bytes_in_order_through_a_bounded_window() {
     let list = args([&origin.url("/f"), "-o", "-"]);
     let events = Events::default();
     let cancel = CancellationToken::new();
-    let summary = download(&list, stdout.clone(), Box::new(events), &cancel)
+    let summary = download(&list, Box::new(stdout.clone()), Box::new(events), &cancel)
         .await
         .unwrap();
     assert!(*stdout.0.lock().unwrap() == content(1, size));
@@ -1110,13 +1100,103 @@ async fn bytes_that_have_left_cannot_be_taken_back() {
     let stdout = Stdout::default();
     let list = args([&origin.url("/f"), "-o", "-"]);
     let cancel = CancellationToken::new();
-    let result = download(&list, stdout.clone(), Box::new(Events::default()), &cancel).await;
+    let result = download(
+        &list,
+        Box::new(stdout.clone()),
+        Box::new(Events::default()),
+        &cancel,
+    )
+    .await;
     assert_eq!(code(&result), 75, "{result:?}");
     let left = stdout.0.lock().unwrap().clone();
     assert!(
         !left.is_empty() && content(1, size).starts_with(&left),
         "only the first revision left"
     );
+}
+
+/// A reader that takes nothing until the download has ended, and was interrupted before.
+struct Stalled {
+    interrupt: CancellationToken,
+    ended: std::sync::mpsc::Receiver<()>,
+}
+
+impl Write for Stalled {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        self.interrupt.cancel();
+        // Nothing is ever sent: it is over when the other side is dropped. Waiting is bounded so that a download
+        // that does wait for its reader fails this test instead of hanging.
+        let _ = self.ended.recv_timeout(Duration::from_mins(1));
+        Err(io::ErrorKind::BrokenPipe.into())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupt_does_not_wait_for_the_reader() {
+    let origin = serve(object(1, 4 * usize(CHUNK)), honest).await;
+    let list = args([&origin.url("/f"), "-o", "-"]);
+    let cancel = CancellationToken::new();
+    let (ending, ended) = std::sync::mpsc::channel::<()>();
+    let stalled = Stalled {
+        interrupt: cancel.clone(),
+        ended,
+    };
+    let result = download(
+        &list,
+        Box::new(stalled),
+        Box::new(Events::default()),
+        &cancel,
+    )
+    .await;
+    drop(ending);
+    assert_eq!(code(&result), 130, "{result:?}");
+}
+
+/// Takes a few bytes at a time, from one slice or across several, and is interrupted by signals.
+#[derive(Clone, Default)]
+struct Picky {
+    taken: Arc<Mutex<Vec<u8>>>,
+    calls: usize,
+}
+
+impl Write for Picky {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[io::IoSlice::new(bytes)])
+    }
+    fn write_vectored(&mut self, slices: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        self.calls += 1;
+        if self.calls.is_multiple_of(3) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
+        let most = self.calls * 7919 % 20_000 + 1;
+        let bytes: Vec<u8> = slices
+            .iter()
+            .flat_map(|slice| slice.iter().copied())
+            .take(most)
+            .collect();
+        self.taken.lock().unwrap().extend(&bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_may_take_the_bytes_in_pieces() {
+    let size = 10 * usize(CHUNK) + 7;
+    let origin = serve(object(1, size), honest).await;
+    let list = args([&origin.url("/f"), "-o", "-"]);
+    let picky = Picky::default();
+    let taken = Arc::clone(&picky.taken);
+    let cancel = CancellationToken::new();
+    download(&list, Box::new(picky), Box::new(Events::default()), &cancel)
+        .await
+        .unwrap();
+    assert!(*taken.lock().unwrap() == content(1, size));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1127,7 +1207,7 @@ async fn a_device_is_written_to_and_not_replaced() {
     let cancel = CancellationToken::new();
     download(
         &list,
-        tokio::io::sink(),
+        Box::new(io::sink()),
         Box::new(Events::default()),
         &cancel,
     )

@@ -24,7 +24,7 @@ use pinrange::server::accept::{Acceptor, ConnInfo, DrainReport, Ending, Handler,
 use pinrange::server::body::{BodyEnd, BodyObserver, Part, ResponseBody};
 use pinrange::server::io::{SendQueue, Timeouts};
 use pinrange::server::page_in::{PageIn, Pages};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -519,8 +519,69 @@ async fn pipelined_bodies_of_all_kinds_are_byte_exact_and_files_go_by_sendfile()
         from_files += end.from_files;
     }
     let queue = server.queues.recv().await.unwrap();
-    assert_eq!(queue.sent_by_sendfile(), from_files);
-    assert_eq!(queue.sent_by_write(), wire - from_files);
+    assert!(queue.copied() > 0, "short extents are copied");
+    assert_eq!(queue.sent_by_sendfile() + queue.copied(), from_files);
+    assert_eq!(queue.sent_by_write(), wire - queue.sent_by_sendfile());
+}
+
+/// Around both lengths at which the way changes, one answer after the other and all at once: a client that does not
+/// read yet cuts a head and its payload anywhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn ranges_of_all_short_lengths_are_byte_exact_however_the_socket_cuts_them() {
+    let mut server = Server::start().await;
+    let lengths = [
+        1, 2, 100, 4095, 4096, 4097, 8192, 32767, 32768, 32769, 65536,
+    ];
+    for length in lengths {
+        let mut client = server.connect().await;
+        let range = format!("777-{}", 776 + length);
+        assert_same(
+            &client.get(&format!("/whole/{range}")).await,
+            &server.body(&range),
+        );
+        let end = server.end().await;
+        assert_eq!((end.from_files, end.from_memory), (length, 0));
+        let queue = server.queues.recv().await.unwrap();
+        let copied = if length <= 4096 { length } else { 0 };
+        let seen = (queue.copied(), queue.sent_by_sendfile());
+        assert_eq!(seen, (copied, length - copied), "{length}");
+    }
+
+    let ranges: Vec<_> = lengths[..5]
+        .iter()
+        .cycle()
+        .zip(0..3000)
+        .map(|(length, n)| format!("{}-{}", n * 1499, n * 1499 + length - 1))
+        .collect();
+    let tcp = server.connect_narrow().await.tcp;
+    let (read, mut write) = tcp.into_split();
+    let requests: String = ranges
+        .iter()
+        .map(|range| format!("GET /whole/{range} HTTP/1.1\r\nHost: test\r\n\r\n"))
+        .collect();
+    // Beside the reading: the server takes no more requests than it can answer.
+    let asking = tokio::spawn(async move {
+        write.write_all(requests.as_bytes()).await.unwrap();
+        write
+    });
+    let queue = server.queues.recv().await.unwrap();
+    let mut reader = tokio::io::BufReader::new(read);
+    for range in &ranges {
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            assert_ne!(within(reader.read_line(&mut head)).await.unwrap(), 0);
+        }
+        let mut body = vec![0; content_length(&head)];
+        within(reader.read_exact(&mut body)).await.unwrap();
+        assert_same(&body, &server.body(range));
+    }
+    within(asking).await.unwrap();
+    assert!(
+        queue.sent_by_sendfile() > 0 && queue.copied() > 0,
+        "cut-off payload goes on by sendfile: {} copied, {} sent",
+        queue.copied(),
+        queue.sent_by_sendfile()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -611,6 +672,48 @@ async fn what_is_not_in_the_page_cache_is_loaded_first_and_sent_right() {
         loads,
         "what is there is not loaded again"
     );
+}
+
+/// A disk of which nothing is in the page cache until it has been read.
+#[derive(Clone, Default)]
+struct ColdDisk(Arc<AtomicUsize>);
+
+impl Pages for ColdDisk {
+    fn is_resident(&self, _: &FileExtent, _: u64) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
+    }
+
+    fn copy_resident(&self, extent: &FileExtent, buffer: &mut [u8]) -> bool {
+        self.is_resident(extent, extent.len())
+            && extent
+                .file()
+                .file()
+                .read_exact_at(buffer, extent.offset())
+                .is_ok()
+    }
+
+    fn read(&self, _: &FileExtent, _: u64) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn short_ranges_that_are_on_the_disk_alone_are_loaded_off_the_worker_as_well() {
+    for (range, copied) in [("5-1004", 1000), ("5-20004", 0)] {
+        let disk = ColdDisk::default();
+        let page_in = PageIn::over(disk.clone(), PATIENT);
+        let mut server = Server::over(page_in.clone(), |_| ()).await;
+        let mut client = server.connect().await;
+        let path = format!("/whole/{range}");
+        assert_same(&client.get(&path).await, &server.body(range));
+        let queue = server.queues.recv().await.unwrap();
+        let length = server.end().await.promised;
+        assert_eq!((queue.copied(), queue.sent_by_sendfile()), (0, length));
+        assert_same(&client.get(&path).await, &server.body(range));
+        assert_eq!(queue.copied(), copied, "what is there is not waited for");
+        assert_eq!(page_in.loads(), 1);
+        assert_eq!(disk.0.load(Ordering::Relaxed), 1);
+    }
 }
 
 // === failures after the head ===
@@ -743,6 +846,10 @@ struct HangingDisk(std::sync::Mutex<std::sync::mpsc::Receiver<()>>);
 impl Pages for HangingDisk {
     fn is_resident(&self, extent: &FileExtent, _: u64) -> bool {
         extent.offset() < 2 << 20
+    }
+
+    fn copy_resident(&self, _: &FileExtent, _: &mut [u8]) -> bool {
+        false
     }
 
     fn read(&self, _: &FileExtent, _: u64) {

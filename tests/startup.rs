@@ -9,13 +9,15 @@
 
 mod support;
 
-use std::fs;
+use std::collections::HashSet;
+use std::fs::{self, Permissions};
 use std::io::{BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::num::NonZeroU64;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Output};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pinrange::strict_s3::{Credentials, Effect, Fault, Options, PutOptions, StrictS3};
 use rustix::process::Signal;
@@ -199,6 +201,48 @@ async fn an_s3_that_cannot_be_reached_is_a_warning() {
     assert_eq!(http::get(during.data, "/m/other", "").status, 404);
 }
 
+/// They share connections and credentials: a thousand mounts are no stampede on S3 or on whoever gives credentials.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_mounts_of_one_server_ask_for_credentials_once_and_share_connections() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    // So that a probe of each is under way before the first is answered.
+    s3.set_first_byte_delay(Duration::from_millis(20));
+    let asked = dir.path().join("asked");
+    let profile = dir.path().join("profile");
+    let answer = r#"{"Version": 1, "AccessKeyId": "id", "SecretAccessKey": "secret"}"#;
+    let program = dir.path().join("credentials");
+    let script = format!(
+        "#!/bin/sh\necho once >> {}\necho '{answer}'\n",
+        asked.display()
+    );
+    fs::write(&program, script).unwrap();
+    fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    let process = format!("[default]\ncredential_process = {}\n", program.display());
+    fs::write(&profile, process).unwrap();
+
+    let mut command = serve(&s3.endpoint(), dir.path());
+    command
+        .env_remove("AWS_ACCESS_KEY_ID")
+        .env_remove("AWS_SECRET_ACCESS_KEY")
+        .env("AWS_CONFIG_FILE", profile);
+    for number in 1..200 {
+        let key = |name| format!("PINRANGE_MOUNT__{number}__{name}");
+        command
+            .env(key("PATH"), format!("/m{number}"))
+            .env(key("BUCKET"), "bucket")
+            .env(key("ENDPOINT"), s3.endpoint())
+            .env(key("REGION"), "us-east-1")
+            .env(key("PATH_STYLE"), "true");
+    }
+    let serving = Serving::start(&mut command);
+    let probes = s3.take_log();
+    let connections: HashSet<_> = probes.iter().map(|entry| entry.connection).collect();
+    assert!(connections.len() <= 64, "{} of them", connections.len());
+    assert_eq!(http::get(serving.data, "/m199/object", "").status, 200);
+    assert_eq!(fs::read_to_string(asked).unwrap(), "once\n");
+    assert_eq!(serving.stop().code(), Some(0));
+}
+
 /// Nobody can make a directory below a file, not even root.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cache_directory_that_cannot_be_used_is_refused() {
@@ -308,9 +352,11 @@ async fn an_open_port_is_warned_about() {
         .env("PINRANGE_SERVER__LISTEN", "0.0.0.0:0")
         .env("PINRANGE_SERVER__ADMIN", "0.0.0.0:0");
     let serving = Serving::start(&mut command);
-    let log = serving.process.stderr();
-    assert!(log.contains("whoever reaches this port can read"), "{log}");
-    assert!(log.contains("whoever reaches this port can purge"), "{log}");
+    for warning in ["can read", "can purge"] {
+        serving
+            .process
+            .wait_for(&format!("whoever reaches this port {warning}"));
+    }
 
     let dir = tempfile::tempdir().unwrap();
     let serving = replica(&s3, dir.path());
@@ -483,7 +529,7 @@ async fn nobody_has_to_read_what_it_says() {
     // It cannot say that it is ready.
     while TcpStream::connect(address).is_err() && began.elapsed() < process::PATIENCE {
         assert_eq!(child.try_wait().unwrap(), None);
-        std::thread::sleep(std::time::Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(5));
     }
     let answers: Vec<_> = (0..3)
         .map(|_| std::panic::catch_unwind(|| http::get(address, "/m/object", "").status))

@@ -19,6 +19,9 @@ use support::strace::{self, Call};
 /// for.
 const SIZE: usize = 9 << 20;
 
+/// Where the ranges begin: not on a page's bound.
+const FIRST: usize = 4321;
+
 /// The request after the one that is looked at: answered with 405, so nobody is asked for it.
 const MARK: &str = "OPTIONS /the-end";
 
@@ -46,7 +49,7 @@ const CHANGES: [&str; 8] = [
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_warm_pinned_range_is_one_write_and_sendfile() {
+async fn a_warm_pinned_range_is_one_write_and_sendfile_and_a_short_one_a_read_and_a_write() {
     let Some(tracer) = process::find("strace") else {
         return;
     };
@@ -62,56 +65,113 @@ async fn a_warm_pinned_range_is_one_write_and_sendfile() {
 
     let warm = process::replica(&s3, dir.path());
     s3.clear_log();
-    let first = 4321;
-    let fields = format!("If-Match: {etag}\r\nRange: bytes={first}-\r\n");
-    assert_eq!(http::get(warm.data, "/m/object", &fields).status, 206);
+    let pin = format!("If-Match: {etag}\r\nRange: bytes=0-0\r\n");
+    assert_eq!(http::get(warm.data, "/m/object", &pin).status, 206);
+    for (length, way) in [
+        (1, Way::Copied),
+        (4 << 10, Way::Copied),
+        ((4 << 10) + 1, Way::Joined),
+        (32 << 10, Way::Joined),
+        ((32 << 10) + 1, Way::Sent),
+        (SIZE - FIRST, Way::Sent),
+    ] {
+        let range = FIRST..FIRST + length;
+        let trace = dir.path().join("trace");
+        let mut tracer = strace::attach(&tracer, warm.process.pid(), 64, &trace);
+        let mut connection = http::connect(warm.data);
+        let client = connection.local_addr().unwrap();
+        let last = range.end - 1;
+        write!(
+            connection,
+            "GET /m/object HTTP/1.1\r\nHost: test\r\nIf-Match: {etag}\r\nRange: bytes={FIRST}-{last}\r\n\r\n"
+        )
+        .unwrap();
+        let mut answers = BufReader::new(connection);
+        let answer = http::read(&mut answers, false).unwrap().unwrap();
+        assert_eq!(answer.status, 206);
+        assert!(answer.body == object[range], "other bytes");
+        // The bytes are here before the call that sent them returns. A further request on the same connection is
+        // taken up only after that, and marks the end in the trace.
+        let connection = answers.get_mut();
+        write!(connection, "{MARK} HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
+        assert!(http::read(&mut answers, false).unwrap().is_some());
+        tracer.signal(Signal::INT);
+        tracer.wait();
+        assert_eq!(s3.stats().requests, 0, "S3 was asked: {:?}", s3.log());
 
-    let trace = dir.path().join("trace");
-    let mut tracer = strace::attach(&tracer, warm.process.pid(), 64, &trace);
-    let mut connection = http::connect(warm.data);
-    let client = connection.local_addr().unwrap();
-    write!(
-        connection,
-        "GET /m/object HTTP/1.1\r\nHost: test\r\n{fields}\r\n"
-    )
-    .unwrap();
-    let mut answers = BufReader::new(connection);
-    let answer = http::read(&mut answers, false).unwrap().unwrap();
-    assert_eq!(answer.status, 206);
-    assert!(answer.body == object[first..], "other bytes");
-    // The bytes are here before the call that sent them returns. A further request on the same connection is taken up
-    // only after that, and marks the end in the trace.
-    let connection = answers.get_mut();
-    write!(connection, "{MARK} HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
-    assert!(http::read(&mut answers, false).unwrap().is_some());
-    tracer.signal(Signal::INT);
-    tracer.wait();
-    assert_eq!(s3.stats().requests, 0, "S3 was asked: {:?}", s3.log());
+        let mut calls = strace::calls(&std::fs::read_to_string(&trace).unwrap());
+        let end = calls.iter().position(|call| call.arguments.contains(MARK));
+        calls.truncate(end.expect("the mark is in the trace"));
+        let cache = dir.path().join("cache");
+        look_at(
+            &calls,
+            &client.to_string(),
+            cache.to_str().unwrap(),
+            length,
+            way,
+        );
+    }
+    assert_eq!(warm.stop().code(), Some(0));
+}
 
-    let mut calls = strace::calls(&std::fs::read_to_string(&trace).unwrap());
-    let end = calls.iter().position(|call| call.arguments.contains(MARK));
-    calls.truncate(end.expect("the mark is in the trace"));
+/// How a range reaches the socket (ADR 18).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Read, and written in one call with the head.
+    Copied,
+    /// By sendfile, in one segment with the head.
+    Joined,
+    /// By sendfile, behind the head.
+    Sent,
+}
+
+/// Looks at the calls of one answer of `length` bytes to `client`.
+fn look_at(calls: &[Call], client: &str, cache: &str, length: usize, way: Way) {
     let socket = format!("->{client}]");
-    let cache = dir.path().join("cache");
-    let cache = cache.to_str().unwrap();
-    let payload = answer.body.len() as u64;
-
+    let to_socket = |call: &&Call| call.argument(0).contains(&socket);
     let sent: u64 = calls
         .iter()
-        .filter(|call| call.name == "sendfile" && call.argument(0).contains(&socket))
+        .filter(|call| call.name == "sendfile")
+        .filter(to_socket)
         .inspect(|call| assert!(call.argument(1).contains(cache), "{call:?}"))
         .filter_map(Call::bytes)
         .sum();
-    assert_eq!(sent, payload, "all of the payload goes by sendfile");
-
     let heads: Vec<_> = calls
         .iter()
-        .filter(|call| WRITES.contains(&call.name.as_str()) && call.argument(0).contains(&socket))
+        .filter(|call| WRITES.contains(&call.name.as_str()))
+        .filter(to_socket)
         .collect();
-    assert_eq!(heads.len(), 1, "one write for the head: {heads:?}");
-    assert!(heads[0].bytes().unwrap() < 2048, "{heads:?}");
+    assert_eq!(heads.len(), 1, "one write, of the head at least: {heads:?}");
+    let written = heads[0].bytes().unwrap();
+    if way == Way::Copied {
+        assert_eq!(sent, 0, "{length} bytes need no sendfile");
+        let head = written
+            .checked_sub(length as u64)
+            .expect("with the payload");
+        assert!(head < 2048, "{heads:?}");
+    } else {
+        assert_eq!(sent, length as u64, "all of the payload goes by sendfile");
+        assert!(written < 2048, "{heads:?}");
+    }
+    let more = heads[0].arguments.contains("MSG_MORE");
+    assert_eq!(more, way == Way::Joined, "{heads:?}");
 
-    for call in &calls {
+    let from_cache: Vec<_> = calls
+        .iter()
+        .filter(|call| READS.contains(&call.name.as_str()) && call.arguments.contains(cache))
+        .collect();
+    let most = if way == Way::Copied { length } else { 1 };
+    let at_most = format!("iov_len={most}}}");
+    for call in &from_cache {
+        let is_probe = call.name == "preadv2"
+            && call.arguments.contains(&at_most)
+            && call.arguments.contains("RWF_NOWAIT");
+        assert!(is_probe, "no byte of a long payload is read: {call:?}");
+    }
+    if way != Way::Sent {
+        assert_eq!(from_cache.len(), 1, "asked for once: {from_cache:?}");
+    }
+    for call in calls {
         let name = call.name.as_str();
         assert!(!SYNCS.contains(&name), "nothing is synced: {call:?}");
         assert!(
@@ -125,12 +185,5 @@ async fn a_warm_pinned_range_is_one_write_and_sendfile() {
                 "the cache is not written to: {call:?}"
             );
         }
-        if READS.contains(&name) && call.arguments.contains(cache) {
-            let is_probe = name == "preadv2"
-                && call.arguments.contains("iov_len=1}")
-                && call.arguments.contains("RWF_NOWAIT");
-            assert!(is_probe, "no byte of the payload is read: {call:?}");
-        }
     }
-    assert_eq!(warm.stop().code(), Some(0));
 }

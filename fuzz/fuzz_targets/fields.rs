@@ -64,19 +64,21 @@ pub(crate) fn run(mut data: &[u8]) {
 /// A tag, written and read again, is the same.
 fn tag(value: &[u8]) {
     if let Ok(tag) = EntityTag::parse(value) {
-        let again = EntityTag::parse(&tag.to_field_value()).expect("our own writing");
+        let written = tag.to_field_value();
+        let again = EntityTag::parse(&written).expect("our own writing");
         assert_eq!(tag.is_weak(), again.is_weak());
-        assert!(tag.weak_eq(&again));
-        assert_eq!(tag.strong_eq(&again), !tag.is_weak());
+        assert!(tag.weak_eq(again));
+        assert_eq!(tag.strong_eq(again), !tag.is_weak());
     }
-    if let Ok(EntityTagList::Tags(tags)) = EntityTagList::parse([value]) {
-        let list: Vec<Vec<u8>> = tags.iter().map(EntityTag::to_field_value).collect();
-        let list = list.join(&b", "[..]);
-        let Ok(EntityTagList::Tags(again)) = EntityTagList::parse([&list[..]]) else {
-            panic!("our own list {list:?}");
-        };
-        assert_eq!(tags.len(), again.len());
-        assert!(std::iter::zip(&tags, &again).all(|(tag, again)| tag.weak_eq(again)));
+    if let Ok(list) = EntityTagList::parse([value])
+        && !list.tags().is_empty()
+    {
+        let tags = list.tags();
+        let written: Vec<_> = tags.iter().map(|tag| tag.to_field_value()).collect();
+        let written = written.join(&b", "[..]);
+        let again = EntityTagList::parse([&written[..]]).expect("our own writing");
+        assert_eq!(tags.len(), again.tags().len());
+        assert!(std::iter::zip(tags, again.tags()).all(|(tag, again)| tag.weak_eq(*again)));
     }
 }
 
@@ -128,7 +130,7 @@ fn ranges(value: &[u8], size: u64) {
 }
 
 /// RFC 9110 §13.2.2, as it is written there.
-fn naive(head: &RequestHead, metadata: &RepresentationMetadata) -> Verdict {
+fn naive(head: &RequestHead<'_>, metadata: &RepresentationMetadata<'_>) -> Verdict {
     let later = |date: SystemTime| -> Option<bool> {
         let seconds = |time: SystemTime| {
             time.duration_since(UNIX_EPOCH)
@@ -137,11 +139,11 @@ fn naive(head: &RequestHead, metadata: &RepresentationMetadata) -> Verdict {
         Some(seconds(metadata.last_modified?) > seconds(date))
     };
     let etag = &metadata.etag;
-    let found = |list: &EntityTagList, strongly: bool| match list {
-        EntityTagList::Any => true,
-        EntityTagList::Tags(tags) => tags.iter().any(|tag| {
-            tag.opaque() == etag.opaque() && !(strongly && (tag.is_weak() || etag.is_weak()))
-        }),
+    let found = |list: &EntityTagList<'_>, strongly: bool| {
+        matches!(list, EntityTagList::Any)
+            || list.tags().iter().any(|tag| {
+                tag.opaque() == etag.opaque() && !(strongly && (tag.is_weak() || etag.is_weak()))
+            })
     };
     match (&head.if_match, head.if_unmodified_since) {
         (Some(list), _) if !found(list, true) => return Verdict::PreconditionFailed,

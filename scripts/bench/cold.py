@@ -146,6 +146,7 @@ def others(options, origin, directory):
     for make in (
         lambda processes, cache: servers.nginx_slice(processes, origin, cache, options.server_cores),
         lambda processes, _: servers.varnish(processes, origin, options.server_cores),
+        lambda processes, cache: servers.traffic_server(processes, origin, cache, options.server_cores),
     ):
         # Its workers run as another user than root.
         inner = pathlib.Path(tempfile.mkdtemp(dir=directory))

@@ -1,18 +1,23 @@
-"""The servers that are compared. Each is started on loopback, pinned to the server's cores, and measured by its processes' CPU time."""
+"""The servers that are compared. Each is started on loopback, pinned to the server's cores, configured by a file in configs/, and measured by
+its processes' CPU time."""
 
 import contextlib
+import copy
 import http.client
 import json
 import os
 import pathlib
 import shutil
+import string
 import subprocess
+import time
 import urllib.parse
 
 from fleet import stack
 
-TICK = os.sysconf("SC_CLK_TCK")
+MIB = 1 << 20
 OBJECT = "object.bin"
+CONFIGS = pathlib.Path(__file__).with_name("configs")
 
 
 def descendants(pid):
@@ -26,24 +31,60 @@ def descendants(pid):
 
 
 def cpu_seconds(pid):
-    """User and system time of a process and its children, to a hundredth of a second."""
-    ticks = 0
+    """User and system time of a process and its children, from the clock that the kernel keeps for each process. It counts what /proc shows in
+    hundredths of a second, in nanoseconds, and threads that have ended."""
+    seconds = 0.0
     for process in descendants(pid):
         with contextlib.suppress(OSError):
-            fields = pathlib.Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / TICK
+            # clock_getcpuclockid(3), which Python has for threads only.
+            seconds += time.clock_gettime(~process << 3 | 2)
+    return seconds
 
 
 def rss_bytes(pid):
-    """Resident memory without the pages of files that are mapped."""
+    """Resident memory without the pages of files that are mapped; what processes share counts once."""
     total = 0
     for process in descendants(pid):
         with contextlib.suppress(OSError):
-            for line in pathlib.Path(f"/proc/{process}/status").read_text().splitlines():
-                if line.startswith("RssAnon:"):
+            for line in pathlib.Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                     total += int(line.split()[1]) << 10
     return total
+
+
+def disk_bytes_read(pid):
+    """What a process and its children had read from the device, beside the page cache."""
+    total = 0
+    for process in descendants(pid):
+        with contextlib.suppress(OSError):
+            for line in pathlib.Path(f"/proc/{process}/io").read_text().splitlines():
+                if line.startswith("read_bytes:"):
+                    total += int(line.split()[1])
+    return total
+
+
+class Config(string.Template):
+    """Configurations are full of dollars."""
+
+    delimiter = "@"
+
+
+def configured(name, target, **values):
+    """Writes a file of configs/ with its blanks filled in."""
+    target.write_text(Config((CONFIGS / name).read_text()).substitute(values))
+    return target
+
+
+def make_object(directory, size, name=OBJECT):
+    """An object that no other one is like, in the directory of the objects: that is given back."""
+    root = pathlib.Path(directory) / "objects"
+    root.mkdir(mode=0o755, exist_ok=True)
+    if not (root / name).exists():
+        piece = os.urandom(MIB)
+        with open(root / name, "wb") as file:
+            for number in range(size // MIB):
+                file.write(number.to_bytes(8, "little") + piece[8:])
+    return root
 
 
 class Server:
@@ -77,6 +118,14 @@ class Server:
             response = connection.getresponse()
             return response.status, response.read()
 
+    def at(self, path):
+        """The same server, and another object of it."""
+        other = copy.copy(self)
+        other.path = path
+        _, headers = other.head()
+        other.etag, other.size = headers["ETag"], int(headers["Content-Length"])
+        return other
+
     def cpu(self):
         return cpu_seconds(self.process.pid)
 
@@ -86,6 +135,15 @@ class Server:
 
 def on(cores, *command):
     return ["taskset", "-c", cores, *map(str, command)]
+
+
+def core_list(cores):
+    """Of what taskset takes: 0-2,5."""
+    found = []
+    for part in cores.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
 class Origin:
@@ -127,25 +185,17 @@ class Direct(Server):
 
 def pinrange(processes, binary, origin, cache, cores, threads=1, name="pinrange", part="16MiB", log="warn", capacity="64GiB"):
     port, admin = stack.free_port(), stack.free_port()
-    config = processes.directory / f"{name}.toml"
-    config.write_text(f"""\
-[server]
-listen = "127.0.0.1:{port}"
-admin = "127.0.0.1:{admin}"
-worker_threads = {threads}
-[cache]
-dir = "{cache}"
-capacity = "{capacity}"
-min_free = "1%"
-part_size = "{part}"
-[[mount]]
-path = "/bench"
-bucket = "bench"
-endpoint = "{origin.endpoint}"
-region = "us-east-1"
-path_style = true
-fresh_for = "1h"
-""")
+    config = configured(
+        "pinrange.toml",
+        processes.directory / f"{name}.toml",
+        port=port,
+        admin=admin,
+        threads=threads,
+        cache=cache,
+        capacity=capacity,
+        part=part,
+        endpoint=origin.endpoint,
+    )
     env = {
         "AWS_ACCESS_KEY_ID": "bench",
         "AWS_SECRET_ACCESS_KEY": "bench",
@@ -157,95 +207,57 @@ fresh_for = "1h"
     return server
 
 
-NGINX = """\
-worker_processes {threads};
-error_log {directory}/error.log warn;
-pid {directory}/nginx.pid;
-daemon off;
-events {{ worker_connections 8192; }}
-http {{
-    access_log off;
-    sendfile on;
-    tcp_nopush off;
-    tcp_nodelay on;
-    keepalive_requests 1000000000;
-    keepalive_timeout 1h;
-    client_body_temp_path {directory}/body;
-    proxy_temp_path {directory}/proxy;
-    fastcgi_temp_path {directory}/fastcgi;
-    uwsgi_temp_path {directory}/uwsgi;
-    scgi_temp_path {directory}/scgi;
-    {http}
-    server {{
-        listen 127.0.0.1:{port} backlog=4096;
-        {server}
-    }}
-}}
-"""
-
-
-def nginx(processes, name, cores, threads, path, http, server):
-    binary = shutil.which("nginx") or stack.program("/usr/sbin/nginx")
+def nginx(processes, name, cores, path, config, **values):
     directory = processes.directory / name
     directory.mkdir()
     # Its workers run as another user than root, and read what is in here.
     directory.chmod(0o755)
     port = stack.free_port()
-    config = directory / "nginx.conf"
-    config.write_text(NGINX.format(directory=directory, threads=threads, port=port, http=http, server=server))
-    command = on(cores, binary, "-c", config, "-e", directory / "error.log", "-p", directory)
+    config = configured(config, directory / "nginx.conf", directory=directory, port=port, **values)
+    command = on(cores, program("nginx"), "-c", config, "-e", directory / "error.log", "-p", directory)
     return Server(processes, name, command, port, path)
 
 
 def nginx_static(processes, root, cores, threads=1, name="nginx"):
-    """Static files, the way nginx is fastest."""
-    return nginx(
-        processes,
-        name,
-        cores,
-        threads,
-        f"/{OBJECT}",
-        "open_file_cache max=1000 inactive=1h; open_file_cache_valid 1h;",
-        f"location / {{ root {root}; }}",
-    )
+    return nginx(processes, name, cores, f"/{OBJECT}", "nginx-static.conf", threads=threads, root=root)
 
 
 def nginx_slice(processes, origin, cache, cores, threads=1, name="nginx-slice"):
-    """1 MiB slices in a proxy cache with a lock: nginx's way to cache ranges."""
-    return nginx(
-        processes,
-        name,
-        cores,
-        threads,
-        f"/bench/{OBJECT}",
-        f"proxy_cache_path {cache} keys_zone=slices:64m max_size=64g inactive=1d use_temp_path=off;"
-        f"upstream origin {{ server 127.0.0.1:{origin.port}; keepalive 64; }}",
-        """location / {
-            slice 1m;
-            proxy_cache slices;
-            proxy_cache_key $uri$is_args$args$slice_range;
-            proxy_cache_lock on;
-            proxy_cache_valid 200 206 1h;
-            proxy_set_header Range $slice_range;
-            proxy_set_header Connection "";
-            proxy_http_version 1.1;
-            proxy_pass http://origin;
-        }""",
-    )
+    path = f"/bench/{OBJECT}"
+    return nginx(processes, name, cores, path, "nginx-slice.conf", threads=threads, cache=cache, origin=origin.port)
 
 
 def varnish(processes, origin, cores, name="varnish"):
-    """Keeps whole objects in memory; ranges are cut from them."""
-    directory = processes.directory / name
-    vcl = processes.directory / "varnish.vcl"
-    vcl.write_text(f"""\
-vcl 4.1;
-backend origin {{ .host = "127.0.0.1"; .port = "{origin.port}"; .first_byte_timeout = 300s; }}
-sub vcl_backend_response {{ set beresp.ttl = 1h; set beresp.do_stream = true; }}
-""")
+    """A thread for each request in flight, whatever the number of our workers; they share its cores."""
     port = stack.free_port()
-    binary = shutil.which("varnishd") or stack.program("/usr/sbin/varnishd")
-    command = on(
-        cores, binary, "-F", "-n", directory, "-a", f"127.0.0.1:{port}", "-f", vcl, "-s", "malloc,4G", "-p", "thread_pool_min=100"
-    )
-    return Server(processes, name, command, port, f"/bench/{OBJECT}")
+    vcl = configured("varnish.vcl", processes.directory / f"{name}.vcl", origin=origin.port)
+    command = [program("varnishd"), "-F", "-n", processes.directory / name, "-a", f"127.0.0.1:{port}", "-f", vcl, "-s", "malloc,4G"]
+    for parameter in ("thread_pool_min=100", "timeout_idle=3600"):
+        command += ["-p", parameter]
+    return Server(processes, name, on(cores, *command), port, f"/bench/{OBJECT}")
+
+
+def traffic_server(processes, origin, cache, cores, threads=1, name="traffic-server", memory=4 << 30):
+    """Its own tree of directories; what is not said in configs/ is as it is by default. Cache on disk, and the whole object in memory above it."""
+    directory = processes.directory / name
+    etc = directory / "etc"
+    etc.mkdir(parents=True)
+    pathlib.Path(cache).mkdir(exist_ok=True)
+    port = stack.free_port()
+    system = {"bindir": "/usr/bin", "sbindir": "/usr/bin", "libdir": "/usr/lib/trafficserver",
+              "libexecdir": "/usr/lib/trafficserver/modules", "datadir": "/usr/share/trafficserver", "includedir": "/usr/include",
+              "mandir": "/usr/share/man", "infodir": "/usr/share/info"}
+    own = {"prefix": directory, "sysconfdir": etc, "localstatedir": directory, "runtimedir": directory, "logdir": directory,
+           "cachedir": cache}
+    (directory / "runroot.yaml").write_text("".join(f"{key}: {path}\n" for key, path in {**system, **own}.items()))
+    configured("traffic-server.records", etc / "records.config", port=port, threads=threads, memory=memory)
+    (etc / "storage.config").write_text(f"{cache} 4G\n")
+    (etc / "remap.config").write_text(f"map / http://127.0.0.1:{origin.port}/\n")
+    shutil.copy("/etc/trafficserver/ip_allow.yaml", etc)
+    command = on(cores, program("traffic_server"))
+    return Server(processes, name, command, port, f"/bench/{OBJECT}", {"TS_RUNROOT": str(directory)})
+
+
+def program(name):
+    """Debian keeps servers where a user's PATH does not look."""
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/usr/bin") or stack.program(name)

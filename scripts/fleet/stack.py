@@ -14,16 +14,14 @@ import socket
 import subprocess
 import time
 
+from .frame import Broken
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 BUCKET = "snapshots"
 OBJECT = "fleet.bin"
 REGION = "garage"
 KEY = "GK" + "a" * 24
 SECRET = "b" * 64
-
-
-class Broken(Exception):
-    """The run cannot go on: a program is missing or does not start."""
 
 
 def program(name):

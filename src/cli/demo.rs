@@ -269,7 +269,7 @@ impl Stage {
         let command = GetCommand::try_parse_from(["get", &url, "-o", file])?;
         let events = Box::new(io::stderr());
         let cancel = CancellationToken::new();
-        let summary = get::download(&command.get, tokio::io::sink(), events, &cancel).await?;
+        let summary = get::download(&command.get, Box::new(io::sink()), events, &cancel).await?;
         if summary.restarts == 0 {
             bail!("the download was not told that its object was replaced");
         }

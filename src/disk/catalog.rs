@@ -834,6 +834,21 @@ impl Db {
         self.write(Commit::Ordered, |tx| delete_segment(tx, id))
     }
 
+    /// What the segment's row says of its bytes; `None`: it has none.
+    pub(super) fn segment_bytes(&self, id: &SegmentId) -> Result<Option<u64>, DiskError> {
+        self.read(|connection| {
+            connection
+                .prepare_cached(
+                    "SELECT bytes FROM segments WHERE revision = ?1 AND idx = ?2 AND incarnation = ?3",
+                )?
+                .query_row(
+                    params![id.revision, signed(id.idx), blob(id.incarnation)],
+                    |row| row.get(0).map(unsigned),
+                )
+                .optional()
+        })
+    }
+
     /// Which revision has this id.
     pub(super) fn revision(&self, id: i64) -> Result<Option<Revision>, DiskError> {
         self.read(|connection| {

@@ -33,7 +33,7 @@ use super::tier::Shared;
 use super::watch::within;
 use super::writer::BlockWriter;
 use super::{DiskError, Reservation};
-use crate::object::{Representation, Revision};
+use crate::object::{Fields, Representation, Revision};
 use crate::semantics::ByteRange;
 
 /// A revision the tier knows. There is at most one of each revision at a time that is not doomed.
@@ -57,6 +57,8 @@ pub struct HeldRevision {
 /// What the lock of a revision guards.
 pub(super) struct State {
     representation: Arc<Representation>,
+    /// Those of `representation`: made once, sent with every answer.
+    fields: Fields,
     pub(super) segments: BTreeMap<SegmentKey, Segment>,
     next_file: u32,
 }
@@ -127,6 +129,7 @@ impl HeldRevision {
     ) -> Arc<Self> {
         let geometry = stored.geometry();
         let mut state = State {
+            fields: stored.representation.fields(),
             representation: Arc::new(stored.representation),
             segments: BTreeMap::new(),
             next_file: 0,
@@ -158,6 +161,12 @@ impl HeldRevision {
         Arc::clone(&self.state.lock().representation)
     }
 
+    /// Its metadata, newest, and its header fields.
+    pub fn described(&self) -> (Arc<Representation>, Fields) {
+        let state = self.state.lock();
+        (Arc::clone(&state.representation), Arc::clone(&state.fields))
+    }
+
     /// Replaces the stored headers (equal bytes re-uploaded). Write-behind.
     ///
     /// # Panics
@@ -176,6 +185,7 @@ impl HeldRevision {
             if state.representation == representation {
                 return;
             }
+            state.fields = representation.fields();
             state.representation = Arc::clone(&representation);
             // Under the lock: another catalog may give the number of a doomed one to another revision.
             if !self.is_doomed() {
@@ -220,6 +230,14 @@ impl HeldRevision {
             .next_present(g, start)
             .map_or_else(|| range.end(), |next| next.min(range.end()));
         Step::Missing(ByteRange::from_bounds(start, end).unwrap_or(range))
+    }
+
+    /// All of `range`, if it is present in one open file. Memory only, no I/O.
+    pub fn extent(&self, range: ByteRange) -> Option<FileExtent> {
+        match self.step(range) {
+            Step::Present(extent) => (extent.len() == range.len()).then_some(extent),
+            Step::Closed | Step::Missing(_) => None,
+        }
     }
 
     /// Opens the segment file that `offset` lies in, off the runtime's workers. If the file is

@@ -38,8 +38,8 @@ use super::tier::{DiskTier, Shared, lock, make_shards, policy_of, random_u64};
 /// How often the keeper looks: three calls of `stat` while all is well.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// Bytes that opening the catalog may need: its log, and what a migration writes.
-const TO_OPEN: u64 = 4 << 20;
+/// Bytes that the catalog may need: its log, and what a migration writes.
+const CATALOG_NEEDS: u64 = 4 << 20;
 
 /// What is written to see whether the disk takes writes.
 const PROBE: &str = "probe";
@@ -203,9 +203,9 @@ impl DiskTier {
         shared.catalog.replace(catalog);
         shared.queue.reopen();
         shared.scrubber.resume();
-        self.begin(&start, checkpointer)?;
+        // First, for the threads end where the tier is out.
         shared.keeper.state.lock().out = None;
-        Ok(())
+        self.begin(&start, checkpointer)
     }
 }
 
@@ -214,14 +214,12 @@ impl Shared {
     /// fill nobody else would, and eviction needs the catalog. The rows that name them give their bytes back as
     /// after a crash. `false`: that is not what is wrong, or there is nothing to unlink.
     fn make_room_to_open(&self) -> bool {
-        let full =
-            || (self.file_system)(&self.dir).is_ok_and(|(_total, available)| available < TO_OPEN);
         // Not while another process uses them.
         let lock = File::options().write(true).open(self.dir.join("lock"));
         let ours = lock.is_ok_and(|lock| {
             rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
         });
-        if !ours || !full() {
+        if !ours || !self.is_full() {
             return false;
         }
         let Ok(shards) = fs::read_dir(self.dir.join("segments")) else {
@@ -232,7 +230,7 @@ impl Shared {
             .filter_map(|shard| fs::read_dir(shard.path()).ok());
         let mut unlinked = 0_u64;
         for file in files.flatten().flatten() {
-            if !full() {
+            if !self.is_full() {
                 break;
             }
             unlinked += u64::from(fs::remove_file(file.path()).is_ok());
@@ -244,6 +242,11 @@ impl Shared {
             );
         }
         unlinked > 0
+    }
+
+    /// Whether the catalog may find no room for what it writes.
+    pub(super) fn is_full(&self) -> bool {
+        (self.file_system)(&self.dir).is_ok_and(|(_total, available)| available < CATALOG_NEEDS)
     }
 
     /// Why what is open here is not what the directory has; `None`: all is well, or nobody can tell.

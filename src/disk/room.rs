@@ -187,6 +187,12 @@ impl Charge {
     pub(super) fn unlink(&self) {
         self.unlinked.store(true, Ordering::Release);
     }
+
+    /// The file is gone, but not its row, which says `bytes`: as many count until the row goes, and no more.
+    pub(super) fn leave_to_row(&self, bytes: u64) {
+        let charged = self.bytes.swap(bytes, Ordering::AcqRel);
+        self.room.give_back(charged.saturating_sub(bytes));
+    }
 }
 
 impl Drop for Charge {

@@ -20,6 +20,7 @@ use parking_lot::{Condvar, Mutex};
 use rusqlite::Connection;
 use tempfile::TempDir;
 
+use super::catalog::Catalog;
 use super::durability::{KernelSync, Syncer};
 use super::tier::Seams;
 use super::watch::Limits;
@@ -760,6 +761,38 @@ async fn memory_forgets_what_nobody_holds_and_finds_it_again() {
     assert_eq!(tier.stats().used_bytes, 22 * BLOCK);
 }
 
+/// So that nobody's first touch waits for it.
+#[tokio::test]
+async fn a_sweep_that_has_no_row_to_delete_never_takes_the_catalogs_lock() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    put(&tier, "x", 3 * SEGMENT).await;
+    tier.close().await.unwrap();
+    drop(tier);
+    let tier = open(dir.path());
+    wait_for_sweep(&tier);
+    let leftover = dir
+        .path()
+        .join("segments/ab/ab00000000000000000000000000000f.seg");
+    fs::write(&leftover, "lost").unwrap();
+
+    let shared = tier.shared();
+    let lock = shared.catalog.lock().unwrap();
+    let (done, ended) = std::sync::mpsc::channel();
+    let sweeper = Arc::clone(&shared);
+    let reader = Catalog::reader(dir.path()).unwrap();
+    std::thread::spawn(move || {
+        sweep::run(&sweeper, &reader, i64::MAX);
+        done.send(()).unwrap();
+    });
+    // It waits for the lock, or does not need it.
+    let ended = ended.recv_timeout(Duration::from_secs(30));
+    drop(lock);
+    ended.unwrap();
+    assert!(!leftover.exists());
+    assert_eq!(segment_files(dir.path()).len(), 3);
+}
+
 #[tokio::test]
 async fn idle_files_are_closed_above_the_cap_and_opened_again() {
     let dir = tempfile::tempdir().unwrap();
@@ -1027,6 +1060,10 @@ async fn headers_and_what_was_current_are_kept() {
     ));
     let changed = Arc::new(changed);
     assert_eq!(held.representation(), changed);
+    let (described, fields) = held.described();
+    assert_eq!(described, changed);
+    assert_eq!(fields, changed.fields(), "made anew");
+    assert!(fields.iter().all(|(name, _)| name != "last-modified"));
     tier.set_current(&key("x"), Some(&changed));
     tier.set_current(&key("gone"), Some(&changed));
     tier.flush().await.unwrap();
@@ -1535,6 +1572,51 @@ async fn a_directory_that_was_deleted_or_replaced_is_begun_anew() {
     }
     tier.close().await.unwrap();
     assert_eq!(rows(&dir, "meta WHERE name = 'clean' AND value = 1"), 1);
+}
+
+#[tokio::test]
+async fn what_a_lost_catalog_knew_is_swept_once_the_directory_is_in_use_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    // Again and again: the threads must not take the tier for one that is still out, however soon they start.
+    for round in 0..20 {
+        put(&tier, "x", SEGMENT).await;
+        tier.flush().await.unwrap();
+        for name in ["lock", "catalog.sqlite"] {
+            fs::remove_file(dir.path().join(name)).unwrap();
+        }
+        tier.look_after();
+        assert!(!tier.stats().out, "{round}: {:?}", tier.trouble());
+        wait_for_sweep(&tier);
+        assert!(segment_files(dir.path()).is_empty(), "{round}");
+    }
+}
+
+#[tokio::test]
+async fn bytes_are_given_back_once_though_a_bad_file_cannot_be_taken_out_of_the_catalog() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let held = put(&tier, "x", SEGMENT).await;
+    tier.flush().await.unwrap();
+    let key = *held.state.lock().segments.keys().next().unwrap();
+    let writer = Connection::open(dir.path().join("catalog.sqlite")).unwrap();
+    writer.execute_batch("BEGIN IMMEDIATE").unwrap();
+    tier.shared()
+        .quarantine(&held, key, &io::Error::other("no good"));
+    drop((writer, held));
+    assert_eq!(tier.stats().quarantines, 1);
+    assert!(segment_files(dir.path()).is_empty());
+    assert_eq!(tier.stats().used_bytes, SEGMENT, "the row is still there");
+    assert_eq!(rows(dir.path(), "segments"), 1);
+    for name in ["a", "b", "c", "d"] {
+        put(&tier, name, 4 * SEGMENT).await;
+    }
+    tier.flush().await.unwrap();
+    let on_disk: u64 = segment_files(dir.path())
+        .iter()
+        .map(|file| file.metadata().unwrap().len())
+        .sum();
+    assert_eq!(tier.stats().used_bytes, on_disk);
 }
 
 #[tokio::test]

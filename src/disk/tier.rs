@@ -109,6 +109,8 @@ pub(super) struct Shared {
     revisions: Mutex<Revisions>,
     /// One eviction at a time, else each would evict for all.
     evictor: Mutex<()>,
+    /// Held by the thread that closes idle files.
+    closing: Mutex<()>,
     pub(super) policy: Mutex<Policy>,
     pub(super) free_space: Mutex<Option<FreeSpace>>,
     pub(super) clock: AtomicU64,
@@ -234,6 +236,7 @@ impl DiskTier {
                 trim_above: seams.revisions_in_memory,
             }),
             evictor: Mutex::new(()),
+            closing: Mutex::new(()),
             policy: Mutex::new(policy),
             free_space: Mutex::new(None),
             clock: AtomicU64::new(1),
@@ -612,11 +615,11 @@ impl DiskTier {
                 shared.room.recount(before, start.bytes);
                 shared.queue.reopen();
                 shared.scrubber.resume();
-                me.begin(&start, checkpointer)?;
                 *shared.lock.lock() = Some(lock);
                 shared.released.store(false, Ordering::Release);
+                // First, for the threads end where the tier is closed.
                 shared.closed.store(false, Ordering::Release);
-                Ok(())
+                me.begin(&start, checkpointer)
             });
         taken_back.await
     }
@@ -883,6 +886,13 @@ impl Shared {
         held
     }
 
+    /// Whether it is what memory has of its revision.
+    fn keeps(&self, held: &HeldRevision) -> bool {
+        let revisions = self.revisions.lock();
+        let known = revisions.by_name.get(held.revision());
+        known.is_some_and(|known| std::ptr::eq(Arc::as_ptr(known), held))
+    }
+
     fn is_released(&self) -> bool {
         self.released.load(Ordering::Acquire)
     }
@@ -970,8 +980,9 @@ impl Shared {
         let Some(segment) = held.state.lock().segments.remove(&key) else {
             return;
         };
-        if self.is_released() {
-            // Evicted or purged by the process that writes now, which finds out itself if it was neither.
+        if self.is_released() || !self.keeps(held) {
+            // Evicted or purged by the process that writes now, or did when it was looked up. If it was neither, who
+            // knows the file better finds out.
             return;
         }
         let id = held.segment_id(key, &segment);
@@ -982,13 +993,20 @@ impl Shared {
             bytes = segment.charge.bytes(), reason = %why,
             "dropped a segment file that cannot be trusted; its bytes are fetched again when asked for"
         );
-        let deleted = db.and_then(|mut db| db.delete_segment(&id));
+        let row = db.and_then(|mut db| match db.delete_segment(&id) {
+            Ok(_) => Ok(None),
+            Err(error) => {
+                tracing::error!(%error, "could not take it out of the catalog");
+                db.segment_bytes(&id)
+            }
+        });
         self.reached(Step::Quarantined);
-        if let Err(error) = deleted {
-            // The row stays, and finds no file from now on.
-            tracing::error!(%error, "could not take it out of the catalog");
+        match row {
+            Ok(None) => segment.charge.unlink(),
+            // The row stays, finds no file from now on, and gives its bytes back when it is evicted or swept.
+            Ok(Some(bytes)) => segment.charge.leave_to_row(bytes),
+            Err(_) => {}
         }
-        segment.charge.unlink();
         drop(segment);
         self.unlink(id.incarnation);
     }
@@ -1106,7 +1124,11 @@ impl Shared {
                 }
                 continue;
             }
-            if self.evict(short, flushed)? > 0 {
+            let evicted = self.evict(short, flushed).inspect_err(|error| {
+                let error = io::Error::other(error.to_string());
+                self.unrecorded.note("evict in", &self.dir, &error);
+            });
+            if evicted? > 0 {
                 continue;
             }
             if flushed {
@@ -1173,7 +1195,7 @@ impl Shared {
             if plan.len() == 0 {
                 break;
             }
-            let victims = plan.commit(&mut db)?;
+            let victims = self.commit(&mut plan, &mut db)?;
             self.reached(Step::Evicted);
             // The rows are gone, and nobody else knows the files: no lock is needed to unlink them.
             drop(db);
@@ -1190,6 +1212,28 @@ impl Shared {
             self.unlink_all(known, &stored);
         }
         Ok(freed)
+    }
+
+    /// Deletes the rows of what is to go, and puts back into memory what was taken out if that fails. Returns how many
+    /// segments go.
+    fn commit(&self, plan: &mut Eviction, db: &mut Db) -> Result<u64, DiskError> {
+        let victims = plan.victims();
+        let mut committed = db.evict(&victims, &plan.moved, &plan.forgettable);
+        if committed.is_err() && self.is_full() {
+            // Not even the catalog's log finds room, and perhaps nobody else ever makes some. So the files go before
+            // their rows; a row without a file serves nothing.
+            plan.close_files();
+            for victim in &victims {
+                // What cannot be unlinked is noted, and makes no room.
+                let _ = self.try_unlink(victim.incarnation);
+            }
+            committed = db.evict(&victims, &plan.moved, &plan.forgettable);
+        }
+        if let Err(error) = committed {
+            plan.put_back();
+            return Err(error);
+        }
+        Ok(victims.len() as u64)
     }
 
     /// Has the policy judge the head of a queue, and plans accordingly. Returns the bytes that will be free.
@@ -1257,11 +1301,15 @@ impl Shared {
     }
 
     /// Closes segment files that nobody sends from, the least recently used first, once there are
-    /// too many. Blocking: looks at every revision in memory, and then makes room for a while.
+    /// too many. Blocking: looks at every revision in memory, and then makes room for a while. One thread does so
+    /// at a time; others go on meanwhile, so that there may be a few files more than that.
     pub(super) fn close_idle_files(&self) {
         if self.room.open_files() < self.max_open_files {
             return;
         }
+        let Some(_one_at_a_time) = self.closing.try_lock() else {
+            return;
+        };
         let held: Vec<_> = self.revisions.lock().by_name.values().cloned().collect();
         let mut idle = Vec::new();
         for held in &held {
@@ -1364,21 +1412,26 @@ impl<'a> Queues<'a> {
 }
 
 impl Eviction {
-    /// Deletes the rows, and puts back into memory what was taken out if that fails. Returns how
-    /// many segments go.
-    fn commit(&mut self, db: &mut Db) -> Result<u64, DiskError> {
+    fn victims(&self) -> Vec<SegmentId> {
         let known = self
             .known
             .iter()
             .map(|(held, key, segment)| held.segment_id(*key, segment));
-        let victims: Vec<_> = known.chain(self.stored.iter().map(|(id, _)| *id)).collect();
-        if let Err(error) = db.evict(&victims, &self.moved, &self.forgettable) {
-            for (held, key, segment) in self.known.drain(..) {
-                held.state.lock().segments.insert(key, segment);
-            }
-            return Err(error);
+        known.chain(self.stored.iter().map(|(id, _)| *id)).collect()
+    }
+
+    /// Nobody sends from them, and a file that is open takes its room even without a name.
+    fn close_files(&mut self) {
+        for (_, _, segment) in &mut self.known {
+            segment.claimed = None;
+            segment.file = None;
         }
-        Ok(victims.len() as u64)
+    }
+
+    fn put_back(&mut self) {
+        for (held, key, segment) in self.known.drain(..) {
+            held.state.lock().segments.insert(key, segment);
+        }
     }
 
     fn len(&self) -> usize {

@@ -9,7 +9,10 @@ mod checksum;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use http::header::{ETAG, HeaderName, HeaderValue, LAST_MODIFIED};
+use smallvec::SmallVec;
 
 pub use checksum::{Checksum, ChecksumAlgorithm, ChecksumHasher, Combined, InvalidChecksum};
 
@@ -68,32 +71,29 @@ impl Validator {
     /// # Errors
     /// [`InvalidValidator`] unless it is exactly one strong, quoted entity tag of visible ASCII.
     pub fn from_etag_field(value: &str) -> Result<Self, InvalidValidator> {
-        let inner = value
-            .strip_prefix('"')
-            .and_then(|rest| rest.strip_suffix('"'))
-            .ok_or_else(|| InvalidValidator(value.to_owned()))?;
-        if inner
-            .bytes()
-            .all(|b| b == 0x21 || (0x23..=0x7e).contains(&b))
-        {
-            Ok(Self(value.into()))
-        } else {
-            Err(InvalidValidator(value.to_owned()))
+        match value.as_bytes() {
+            [b'"', inner @ .., b'"'] if inner.iter().all(|b| matches!(b, 0x21 | 0x23..=0x7e)) => {
+                Ok(Self(value.into()))
+            }
+            _ => Err(InvalidValidator(value.to_owned())),
         }
     }
 
     /// The revision a pin asks for. `None` for a weak tag, which names no bytes, and for one that
     /// no remote can have sent (see [`Validator::from_etag_field`]).
-    pub fn from_pin(tag: &EntityTag) -> Option<Self> {
+    pub fn from_pin(tag: EntityTag<'_>) -> Option<Self> {
         if tag.is_weak() {
             return None;
         }
-        let opaque = std::str::from_utf8(tag.opaque()).ok()?;
-        Self::from_etag_field(&format!("\"{opaque}\"")).ok()
+        let mut field = SmallVec::<[u8; 64]>::new();
+        field.push(b'"');
+        field.extend_from_slice(tag.opaque());
+        field.push(b'"');
+        Self::from_etag_field(std::str::from_utf8(&field).ok()?).ok()
     }
 
     /// The strong entity tag that clients see.
-    pub fn entity_tag(&self) -> EntityTag {
+    pub fn entity_tag(&self) -> EntityTag<'_> {
         EntityTag::strong(&self.0.as_bytes()[1..self.0.len() - 1])
     }
 
@@ -138,13 +138,44 @@ pub struct Representation {
     pub headers: Vec<(Box<str>, Box<str>)>,
 }
 
+/// What every answer says of a representation: `ETag`, `Last-Modified` and what is passed through, ready to be sent. Cheap to
+/// clone.
+pub type Fields = Arc<[(HeaderName, HeaderValue)]>;
+
+/// From 1970 to the end of what an HTTP date can say.
+const YEAR_9999: Duration = Duration::from_hours(70_380_768);
+
 impl Representation {
     /// What preconditions and ranges are evaluated against.
-    pub fn metadata(&self) -> RepresentationMetadata {
+    pub fn metadata(&self) -> RepresentationMetadata<'_> {
         RepresentationMetadata {
             etag: self.validator.entity_tag(),
             last_modified: self.last_modified,
             size: self.size,
         }
+    }
+
+    /// Its header fields. What a remote sent that cannot stand in one is left out.
+    ///
+    /// # Panics
+    /// Never: validators and dates are visible ASCII.
+    pub fn fields(&self) -> Fields {
+        let text = |value: &str| HeaderValue::from_str(value).expect("visible ASCII");
+        let etag = (ETAG, text(self.validator.as_field_value()));
+        // httpdate panics outside the years it can write; a remote may send anything.
+        let modified = self.last_modified.filter(|date| {
+            date.duration_since(UNIX_EPOCH)
+                .is_ok_and(|since| since < YEAR_9999)
+        });
+        let modified = modified.map(|date| (LAST_MODIFIED, text(&httpdate::fmt_http_date(date))));
+        let passed_through = self.headers.iter().filter_map(|(name, value)| {
+            let name = HeaderName::from_bytes(name.as_bytes()).ok()?;
+            Some((name, HeaderValue::from_bytes(value.as_bytes()).ok()?))
+        });
+        [etag]
+            .into_iter()
+            .chain(modified)
+            .chain(passed_through)
+            .collect()
     }
 }

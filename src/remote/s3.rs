@@ -26,6 +26,7 @@
 //! still with `If-Match`. It and [`Remote::checksums`] are the only methods that can make two requests. Where the second
 //! succeeds after a 403, versions are not asked for again.
 
+use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::fmt;
 use std::future::Future;
@@ -33,11 +34,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use aws_config::BehaviorVersion;
 use aws_config::environment::EnvironmentVariableRegionProvider;
 use aws_config::imds::region::ImdsRegionProvider;
 use aws_config::meta::region::RegionProviderChain;
 use aws_config::profile::ProfileFileRegionProvider;
+use aws_config::{BehaviorVersion, ConfigLoader, SdkConfig};
 use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::http::HttpResponse;
@@ -186,6 +187,14 @@ pub struct S3Remote {
 }
 
 impl S3Remote {
+    /// [`connect_over`](Self::connect_over) a transport of its own.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn connect(settings: S3Settings) -> Result<Self, InvalidS3Settings> {
+        Self::connect_over(&Transport::default(), settings).await
+    }
+
     /// Makes a driver; connects to nothing and asks for no credentials, so an S3 that is down or
     /// credentials that are missing show with the first request.
     ///
@@ -194,36 +203,16 @@ impl S3Remote {
     ///
     /// # Errors
     /// [`InvalidS3Settings`] when no request could ever be made of `settings`.
-    pub async fn connect(settings: S3Settings) -> Result<Self, InvalidS3Settings> {
+    pub async fn connect_over(
+        transport: &Transport,
+        settings: S3Settings,
+    ) -> Result<Self, InvalidS3Settings> {
         check_bucket(&settings.bucket)?;
-        let http_client = http_client();
         let configured = match settings.endpoint.clone() {
             Some(endpoint) => Some(endpoint),
             None => endpoint_from_environment(),
         };
-        let mut loader = aws_config::defaults(BehaviorVersion::latest())
-            .http_client(http_client)
-            .app_name(app_name())
-            .timeout_config(
-                TimeoutConfig::builder()
-                    .connect_timeout(settings.connect_timeout)
-                    .build(),
-            )
-            .region(region(settings.region.clone(), configured.is_some()).await);
-        if let CredentialSource::Fixed {
-            access_key_id,
-            secret_access_key,
-        } = &settings.credentials
-        {
-            loader = loader.credentials_provider(aws_sdk_s3::config::Credentials::new(
-                access_key_id,
-                secret_access_key,
-                None,
-                None,
-                "pinrange",
-            ));
-        }
-        let shared = loader.load().await;
+        let shared = transport.sdk_config(&settings, configured.is_some()).await;
         let endpoint = match configured.as_deref().or_else(|| shared.endpoint_url()) {
             Some(endpoint) => Some(checked_endpoint(endpoint)?),
             None => None,
@@ -529,6 +518,75 @@ impl Remote for S3Remote {
 }
 
 // === settings ===
+
+/// What the buckets of one process share: idle connections to a server, trusted certificates, and the credentials of
+/// the standard chain, so that a thousand buckets ask for them as often as one. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Transport {
+    http_client: SharedHttpClient,
+    chains: Arc<tokio::sync::Mutex<HashMap<Chain, SdkConfig>>>,
+}
+
+/// What the SDK's configuration depends on, where credentials come from the standard chain.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Chain {
+    region: Option<String>,
+    has_endpoint: bool,
+    connect_timeout: Duration,
+}
+
+impl Default for Transport {
+    fn default() -> Self {
+        Self {
+            http_client: http_client(),
+            chains: Arc::default(),
+        }
+    }
+}
+
+impl Transport {
+    async fn sdk_config(&self, settings: &S3Settings, has_endpoint: bool) -> SdkConfig {
+        let chain = Chain {
+            region: settings.region.clone(),
+            has_endpoint,
+            connect_timeout: settings.connect_timeout,
+        };
+        if let CredentialSource::Fixed {
+            access_key_id,
+            secret_access_key,
+        } = &settings.credentials
+        {
+            let fixed = aws_sdk_s3::config::Credentials::new(
+                access_key_id,
+                secret_access_key,
+                None,
+                None,
+                "pinrange",
+            );
+            let loader = self.loader(chain).await.credentials_provider(fixed);
+            return loader.load().await;
+        }
+        let mut chains = self.chains.lock().await;
+        if let Some(known) = chains.get(&chain) {
+            return known.clone();
+        }
+        let loaded = self.loader(chain.clone()).await.load().await;
+        chains.insert(chain, loaded.clone());
+        loaded
+    }
+
+    async fn loader(&self, chain: Chain) -> ConfigLoader {
+        aws_config::defaults(BehaviorVersion::latest())
+            .http_client(self.http_client.clone())
+            .app_name(app_name())
+            .timeout_config(
+                TimeoutConfig::builder()
+                    .connect_timeout(chain.connect_timeout)
+                    .build(),
+            )
+            .region(region(chain.region, chain.has_endpoint).await)
+    }
+}
 
 fn http_client() -> SharedHttpClient {
     // The default TLS context trusts the system's certificates and honours SSL_CERT_FILE.

@@ -32,24 +32,25 @@ use super::{is_ows, trim_ows};
 /// bound keeps a header's worth of tags from turning into as many allocations.
 pub const MAX_TAGS: usize = 128;
 
-/// An entity tag. No `PartialEq`: callers choose [`EntityTag::strong_eq`] or [`EntityTag::weak_eq`].
-#[derive(Clone)]
-pub struct EntityTag {
+/// An entity tag, read where it stands: in a field or a validator. No `PartialEq`: callers choose
+/// [`EntityTag::strong_eq`] or [`EntityTag::weak_eq`].
+#[derive(Clone, Copy)]
+pub struct EntityTag<'a> {
     weak: bool,
-    opaque: Box<[u8]>,
+    opaque: &'a [u8],
 }
 
-impl EntityTag {
+impl<'a> EntityTag<'a> {
     /// A strong tag with this opaque part (without quotes), which consists of `etagc` (RFC 9110
     /// §8.8.3): no control character, space, `"` or DEL.
-    pub fn strong(opaque: &[u8]) -> Self {
+    pub fn strong(opaque: &'a [u8]) -> Self {
         debug_assert!(
             opaque.iter().copied().all(is_etagc),
             "not an opaque-tag: {opaque:?}"
         );
         Self {
             weak: false,
-            opaque: opaque.into(),
+            opaque,
         }
     }
 
@@ -58,7 +59,7 @@ impl EntityTag {
     ///
     /// # Errors
     /// [`MalformedTag`] says what is wrong.
-    pub fn parse(value: &[u8]) -> Result<Self, MalformedTag> {
+    pub fn parse(value: &'a [u8]) -> Result<Self, MalformedTag> {
         let value = trim_ows(value);
         let fault = |fault| MalformedTag { element: 1, fault };
         if value.is_empty() {
@@ -73,7 +74,7 @@ impl EntityTag {
     }
 
     /// The unquoted form that requests may use (module docs).
-    pub(super) fn from_unquoted(word: &[u8]) -> Option<Self> {
+    pub(super) fn from_unquoted(word: &'a [u8]) -> Option<Self> {
         let understood = !word.is_empty()
             && word
                 .iter()
@@ -82,33 +83,33 @@ impl EntityTag {
     }
 
     /// Whether it starts with `W/`.
-    pub fn is_weak(&self) -> bool {
+    pub fn is_weak(self) -> bool {
         self.weak
     }
 
     /// What stands between the quotes.
-    pub fn opaque(&self) -> &[u8] {
-        &self.opaque
+    pub fn opaque(self) -> &'a [u8] {
+        self.opaque
     }
 
     /// RFC 9110 §8.8.3.2: both strong and the same.
-    pub fn strong_eq(&self, other: &Self) -> bool {
+    pub fn strong_eq(self, other: EntityTag<'_>) -> bool {
         !self.weak && !other.weak && self.opaque == other.opaque
     }
 
     /// RFC 9110 §8.8.3.2: the same opaque part.
-    pub fn weak_eq(&self, other: &Self) -> bool {
+    pub fn weak_eq(self, other: EntityTag<'_>) -> bool {
         self.opaque == other.opaque
     }
 
     /// As it stands in a field, quotes included. Bytes, not text: `obs-text` need not be UTF-8.
-    pub fn to_field_value(&self) -> Vec<u8> {
+    pub fn to_field_value(self) -> Vec<u8> {
         let prefix: &[u8] = if self.weak { b"W/\"" } else { b"\"" };
-        [prefix, &self.opaque, b"\""].concat()
+        [prefix, self.opaque, b"\""].concat()
     }
 }
 
-impl fmt::Debug for EntityTag {
+impl fmt::Debug for EntityTag<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&String::from_utf8_lossy(&self.to_field_value()))
     }
@@ -117,26 +118,29 @@ impl fmt::Debug for EntityTag {
 /// The value of `If-Match` or `If-None-Match`.
 #[derive(Clone, Debug)]
 #[expect(clippy::exhaustive_enums, reason = "closed by RFC 9110 §13.1.1")]
-pub enum EntityTagList {
+pub enum EntityTagList<'a> {
     /// `*`
     Any,
-    /// At least one tag.
-    Tags(Vec<EntityTag>),
+    /// One tag, as nearly all clients send it.
+    Tag(EntityTag<'a>),
+    /// Two tags or more.
+    Tags(Vec<EntityTag<'a>>),
 }
 
-impl EntityTagList {
+impl<'a> EntityTagList<'a> {
     /// Reads a field from the values of all its lines, in order (module docs: what is accepted).
     ///
     /// # Errors
     /// [`MalformedTag`] for the first element that cannot be understood, and for a field without
     /// any element.
-    pub fn parse<'a>(lines: impl IntoIterator<Item = &'a [u8]>) -> Result<Self, MalformedTag> {
+    pub fn parse(lines: impl IntoIterator<Item = &'a [u8]>) -> Result<Self, MalformedTag> {
         /// What the elements so far amount to.
-        enum Seen {
+        enum Seen<'a> {
             Nothing,
             Star,
-            Unquoted(EntityTag),
-            Quoted(Vec<EntityTag>),
+            Unquoted(EntityTag<'a>),
+            Quoted(EntityTag<'a>),
+            Several(Vec<EntityTag<'a>>),
         }
         let mut seen = Seen::Nothing;
         let mut element = 0;
@@ -149,12 +153,13 @@ impl EntityTagList {
                 seen = match (seen, item) {
                     (Seen::Nothing, Element::Star) => Seen::Star,
                     (Seen::Nothing, Element::Unquoted(tag)) => Seen::Unquoted(tag),
-                    (Seen::Nothing, Element::Quoted(tag)) => Seen::Quoted(vec![tag]),
-                    (Seen::Quoted(mut tags), Element::Quoted(tag)) if tags.len() < MAX_TAGS => {
+                    (Seen::Nothing, Element::Quoted(tag)) => Seen::Quoted(tag),
+                    (Seen::Quoted(first), Element::Quoted(tag)) => Seen::Several(vec![first, tag]),
+                    (Seen::Several(mut tags), Element::Quoted(tag)) if tags.len() < MAX_TAGS => {
                         tags.push(tag);
-                        Seen::Quoted(tags)
+                        Seen::Several(tags)
                     }
-                    (Seen::Quoted(_), Element::Quoted(_)) => return Err(fault(TagFault::TooMany)),
+                    (Seen::Several(_), Element::Quoted(_)) => return Err(fault(TagFault::TooMany)),
                     (Seen::Star, _) | (_, Element::Star) => {
                         return Err(fault(TagFault::StarInList));
                     }
@@ -165,7 +170,7 @@ impl EntityTagList {
                             fault: TagFault::Unquoted,
                         });
                     }
-                    (Seen::Quoted(_), Element::Unquoted(_)) => {
+                    (Seen::Quoted(_) | Seen::Several(_), Element::Unquoted(_)) => {
                         return Err(fault(TagFault::Unquoted));
                     }
                 };
@@ -178,27 +183,30 @@ impl EntityTagList {
                 fault: TagFault::Empty,
             }),
             Seen::Star => Ok(Self::Any),
-            Seen::Unquoted(tag) => Ok(Self::Tags(vec![tag])),
-            Seen::Quoted(tags) => Ok(Self::Tags(tags)),
+            Seen::Unquoted(tag) | Seen::Quoted(tag) => Ok(Self::Tag(tag)),
+            Seen::Several(tags) => Ok(Self::Tags(tags)),
+        }
+    }
+
+    /// Its tags; of `*`, none.
+    pub fn tags(&self) -> &[EntityTag<'a>] {
+        match self {
+            Self::Any => &[],
+            Self::Tag(tag) => std::slice::from_ref(tag),
+            Self::Tags(tags) => tags,
         }
     }
 
     /// Whether a tag of the list is [`EntityTag::strong_eq`] to `current`. `*` is, to any
     /// representation that exists.
-    pub fn strong_matches(&self, current: &EntityTag) -> bool {
-        match self {
-            Self::Any => true,
-            Self::Tags(tags) => tags.iter().any(|tag| tag.strong_eq(current)),
-        }
+    pub fn strong_matches(&self, current: EntityTag<'_>) -> bool {
+        matches!(self, Self::Any) || self.tags().iter().any(|tag| tag.strong_eq(current))
     }
 
     /// Whether a tag of the list is [`EntityTag::weak_eq`] to `current`. `*` is, to any
     /// representation that exists.
-    pub fn weak_matches(&self, current: &EntityTag) -> bool {
-        match self {
-            Self::Any => true,
-            Self::Tags(tags) => tags.iter().any(|tag| tag.weak_eq(current)),
-        }
+    pub fn weak_matches(&self, current: EntityTag<'_>) -> bool {
+        matches!(self, Self::Any) || self.tags().iter().any(|tag| tag.weak_eq(current))
     }
 }
 
@@ -246,10 +254,10 @@ pub enum TagFault {
     StarInList,
 }
 
-enum Element {
+enum Element<'a> {
     Star,
-    Unquoted(EntityTag),
-    Quoted(EntityTag),
+    Unquoted(EntityTag<'a>),
+    Quoted(EntityTag<'a>),
 }
 
 /// RFC 9110 §8.8.3: `etagc = %x21 / %x23-7E / obs-text`.
@@ -270,7 +278,7 @@ fn skip_separators(mut bytes: &[u8]) -> &[u8] {
 
 /// The element at the start of `bytes` (not empty, no separator), and what follows it: nothing, or
 /// a comma first.
-fn take_element(bytes: &[u8]) -> Result<(Element, &[u8]), TagFault> {
+fn take_element(bytes: &[u8]) -> Result<(Element<'_>, &[u8]), TagFault> {
     if let [b'"', ..] | [b'W' | b'w', b'/', b'"', ..] = bytes {
         let (tag, after) = take_quoted(bytes)?;
         let after = trim_ows(after);
@@ -295,7 +303,7 @@ fn take_element(bytes: &[u8]) -> Result<(Element, &[u8]), TagFault> {
 }
 
 /// The quoted tag at the start of `bytes`, and what follows the closing quote.
-fn take_quoted(bytes: &[u8]) -> Result<(EntityTag, &[u8]), TagFault> {
+fn take_quoted(bytes: &[u8]) -> Result<(EntityTag<'_>, &[u8]), TagFault> {
     let (weak, quoted) = match bytes {
         [b'W', b'/', rest @ ..] => (true, rest),
         [b'w', b'/', b'"', ..] => return Err(TagFault::LowerCaseWeak),
@@ -308,7 +316,7 @@ fn take_quoted(bytes: &[u8]) -> Result<(EntityTag, &[u8]), TagFault> {
         Some(end) if inner[end] == b'"' => Ok((
             EntityTag {
                 weak,
-                opaque: inner[..end].into(),
+                opaque: &inner[..end],
             },
             &inner[end + 1..],
         )),
@@ -327,14 +335,15 @@ mod tests {
     fn parse(lines: &[&[u8]]) -> Result<Vec<Vec<u8>>, (usize, TagFault)> {
         match EntityTagList::parse(lines.iter().copied()) {
             Ok(EntityTagList::Any) => Ok(vec![b"*".to_vec()]),
-            Ok(EntityTagList::Tags(tags)) => {
-                Ok(tags.iter().map(EntityTag::to_field_value).collect())
+            Ok(list) => {
+                let tags = list.tags().iter().copied();
+                Ok(tags.map(EntityTag::to_field_value).collect())
             }
             Err(MalformedTag { element, fault }) => Err((element, fault)),
         }
     }
 
-    fn tag(field: &str) -> EntityTag {
+    fn tag(field: &str) -> EntityTag<'_> {
         EntityTag::parse(field.as_bytes()).unwrap()
     }
 
@@ -348,10 +357,10 @@ mod tests {
         ];
         for (a, b, strong, weak) in rows {
             let (a, b) = (tag(a), tag(b));
-            assert_eq!(a.strong_eq(&b), strong, "{a:?} {b:?}");
-            assert_eq!(b.strong_eq(&a), strong, "{b:?} {a:?}");
-            assert_eq!(a.weak_eq(&b), weak, "{a:?} {b:?}");
-            assert_eq!(b.weak_eq(&a), weak, "{b:?} {a:?}");
+            assert_eq!(a.strong_eq(b), strong, "{a:?} {b:?}");
+            assert_eq!(b.strong_eq(a), strong, "{b:?} {a:?}");
+            assert_eq!(a.weak_eq(b), weak, "{a:?} {b:?}");
+            assert_eq!(b.weak_eq(a), weak, "{b:?} {a:?}");
         }
     }
 
@@ -397,7 +406,7 @@ mod tests {
             assert_eq!(parse(lines), Ok(tags), "{lines:?}");
         }
         assert!(
-            matches!(EntityTagList::parse([&b"abc"[..]]), Ok(EntityTagList::Tags(tags)) if !tags[0].is_weak())
+            matches!(EntityTagList::parse([&b"abc"[..]]), Ok(EntityTagList::Tag(tag)) if !tag.is_weak())
         );
     }
 
@@ -485,12 +494,10 @@ mod tests {
         );
     }
 
-    fn any_tag() -> impl Strategy<Value = EntityTag> {
+    /// Whether it is weak, and what is between its quotes.
+    fn any_tag() -> impl Strategy<Value = (bool, Vec<u8>)> {
         let etagc = prop_oneof![Just(0x21u8), 0x23..=0x7eu8, 0x80..=0xffu8];
-        (any::<bool>(), prop::collection::vec(etagc, 0..8)).prop_map(|(weak, opaque)| EntityTag {
-            weak,
-            opaque: opaque.into(),
-        })
+        (any::<bool>(), prop::collection::vec(etagc, 0..8))
     }
 
     /// Bytes that are likely to be nearly a list.
@@ -507,19 +514,23 @@ mod tests {
         fn parse_of_format_is_identity(
             lines in prop::collection::vec(prop::collection::vec(any_tag(), 0..4), 1..4),
         ) {
+            let tags = |line: &[(bool, Vec<u8>)]| -> Vec<Vec<u8>> {
+                line.iter()
+                    .map(|(weak, opaque)| EntityTag { weak: *weak, opaque }.to_field_value())
+                    .collect()
+            };
             let formatted: Vec<Vec<u8>> = lines
                 .iter()
-                .map(|tags| {
-                    tags.iter().map(EntityTag::to_field_value).collect::<Vec<_>>().join(&b", "[..])
-                })
+                .map(|line| tags(line).join(&b", "[..]))
                 .collect();
             let formatted: Vec<&[u8]> = formatted.iter().map(Vec::as_slice).collect();
-            let flat: Vec<Vec<u8>> = lines.iter().flatten().map(EntityTag::to_field_value).collect();
+            let flat: Vec<Vec<u8>> = lines.iter().flat_map(|line| tags(line)).collect();
             let expected = if flat.is_empty() { Err((1, TagFault::Empty)) } else { Ok(flat) };
             prop_assert_eq!(parse(&formatted), expected);
-            for tag in lines.iter().flatten() {
-                let again = EntityTag::parse(&tag.to_field_value()).unwrap();
-                prop_assert!(again.weak == tag.weak && again.opaque == tag.opaque);
+            for (weak, opaque) in lines.iter().flatten() {
+                let field = EntityTag { weak: *weak, opaque }.to_field_value();
+                let again = EntityTag::parse(&field).unwrap();
+                prop_assert!(again.weak == *weak && again.opaque == opaque);
             }
         }
 

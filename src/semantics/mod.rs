@@ -18,7 +18,7 @@ pub use etag::{EntityTag, EntityTagList, MalformedTag};
 pub use precondition::{
     BadRequest, IfRange, Method, RepresentationMetadata, RequestHead, Verdict, evaluate,
 };
-pub use range::{ByteRange, RangeSpec};
+pub use range::{ByteRange, RangeSet, RangeSpec, Ranges};
 
 /// Optional whitespace (RFC 9110 §5.6.3).
 fn is_ows(byte: u8) -> bool {

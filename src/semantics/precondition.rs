@@ -47,8 +47,8 @@ use http::header::{
 };
 
 use super::etag::MalformedTag;
-use super::range::{parse_range, resolve_all};
-use super::{ByteRange, EntityTag, EntityTagList, RangeSpec, trim_ows};
+use super::range::{RangeSet, Ranges, parse_range, resolve_all};
+use super::{EntityTag, EntityTagList, trim_ows};
 
 /// The methods that are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,17 +66,17 @@ pub enum Method {
 /// `If-Range`
 #[derive(Clone, Debug)]
 #[expect(clippy::exhaustive_enums, reason = "closed by RFC 9110 §13.1.5")]
-pub enum IfRange {
+pub enum IfRange<'a> {
     /// A tag. It may be weak, and then never holds.
-    Tag(EntityTag),
+    Tag(EntityTag<'a>),
     /// An exact date.
     Date(SystemTime),
 }
 
-impl IfRange {
+impl<'a> IfRange<'a> {
     /// Reads the field: one tag, quoted or of the one unquoted form (see [`super::etag`]), or a
     /// date. `None`: it is neither, and must count as a condition that does not hold.
-    pub fn parse(value: &[u8]) -> Option<Self> {
+    pub fn parse(value: &'a [u8]) -> Option<Self> {
         // An unquoted tag has neither space nor comma, a date has: they cannot be mistaken.
         EntityTag::parse(value)
             .ok()
@@ -85,9 +85,9 @@ impl IfRange {
             .or_else(|| parse_http_date(value).map(Self::Date))
     }
 
-    fn holds(&self, representation: &RepresentationMetadata) -> bool {
+    fn holds(&self, representation: &RepresentationMetadata<'_>) -> bool {
         match self {
-            Self::Tag(tag) => tag.strong_eq(&representation.etag),
+            Self::Tag(tag) => tag.strong_eq(representation.etag),
             Self::Date(date) => representation
                 .last_modified
                 .is_some_and(|modified| whole_seconds(modified) == whole_seconds(*date)),
@@ -95,23 +95,23 @@ impl IfRange {
     }
 }
 
-/// The part of a request that decides what is answered. Fields are already parsed.
+/// The part of a request that decides what is answered. Fields are already parsed; tags stay where they stand.
 #[derive(Clone, Debug)]
-pub struct RequestHead {
+pub struct RequestHead<'a> {
     /// GET or HEAD.
     pub method: Method,
     /// `If-Match`
-    pub if_match: Option<EntityTagList>,
+    pub if_match: Option<EntityTagList<'a>>,
     /// `If-None-Match`
-    pub if_none_match: Option<EntityTagList>,
+    pub if_none_match: Option<EntityTagList<'a>>,
     /// `If-Modified-Since`
     pub if_modified_since: Option<SystemTime>,
     /// `If-Unmodified-Since`
     pub if_unmodified_since: Option<SystemTime>,
     /// `If-Range`
-    pub if_range: Option<IfRange>,
+    pub if_range: Option<IfRange<'a>>,
     /// `Range`, where it is a valid `bytes` range set; not empty.
-    pub range: Option<Vec<RangeSpec>>,
+    pub range: Option<RangeSet>,
 }
 
 /// The request asks for something that must not be guessed: `If-Match` is malformed. The message is
@@ -120,19 +120,37 @@ pub struct RequestHead {
 #[error("If-Match: {0}")]
 pub struct BadRequest(pub MalformedTag);
 
-impl RequestHead {
+impl<'a> RequestHead<'a> {
     /// Gathers the fields of a request. What becomes of one that cannot be understood stands in the
     /// [module docs](self).
     ///
     /// # Errors
     /// [`BadRequest`] if there is an `If-Match` that cannot be understood to the last element.
-    pub fn from_headers(method: Method, headers: &HeaderMap) -> Result<Self, BadRequest> {
-        let if_match = tag_list(headers, &IF_MATCH)
+    pub fn from_headers(method: Method, headers: &'a HeaderMap) -> Result<Self, BadRequest> {
+        // One pass: a request has fewer fields than there are names to look up.
+        let mut fields = Fields::default();
+        for (name, value) in headers {
+            match *name {
+                IF_MATCH => fields.if_match = true,
+                IF_NONE_MATCH => fields.if_none_match = true,
+                IF_MODIFIED_SINCE => fields.if_modified_since.add(value),
+                IF_UNMODIFIED_SINCE => fields.if_unmodified_since.add(value),
+                IF_RANGE => fields.if_range.add(value),
+                RANGE => fields.range.add(value),
+                _ => {}
+            }
+        }
+        let if_match = fields
+            .if_match
+            .then(|| tag_list(headers, &IF_MATCH))
             .transpose()
             .map_err(BadRequest)?;
 
-        let mut if_modified_since = sole(headers, &IF_MODIFIED_SINCE).and_then(parse_http_date);
-        let if_none_match = match tag_list(headers, &IF_NONE_MATCH) {
+        let mut if_modified_since = fields.if_modified_since.sole().and_then(parse_http_date);
+        let if_none_match = match fields
+            .if_none_match
+            .then(|| tag_list(headers, &IF_NONE_MATCH))
+        {
             Some(Err(MalformedTag { .. })) => {
                 if_modified_since = None;
                 None
@@ -141,9 +159,9 @@ impl RequestHead {
             None => None,
         };
 
-        let if_range = sole(headers, &IF_RANGE).and_then(IfRange::parse);
-        let mut range = sole(headers, &RANGE).and_then(parse_range);
-        if if_range.is_none() && headers.contains_key(IF_RANGE) {
+        let if_range = fields.if_range.sole().and_then(IfRange::parse);
+        let mut range = fields.range.sole().and_then(parse_range);
+        if if_range.is_none() && !matches!(fields.if_range, Lines::None) {
             range = None;
         }
 
@@ -152,7 +170,7 @@ impl RequestHead {
             if_match,
             if_none_match,
             if_modified_since,
-            if_unmodified_since: sole(headers, &IF_UNMODIFIED_SINCE).and_then(parse_http_date),
+            if_unmodified_since: fields.if_unmodified_since.sole().and_then(parse_http_date),
             if_range,
             range,
         })
@@ -160,22 +178,21 @@ impl RequestHead {
 
     /// The revision the request is pinned to: the one tag of an `If-Match` that holds exactly one,
     /// and a strong one. `None` for no `If-Match`, `*`, a list, and a weak tag, which names no bytes.
-    pub fn single_pin(&self) -> Option<&EntityTag> {
-        match &self.if_match {
-            Some(EntityTagList::Tags(tags)) => match tags.as_slice() {
-                [tag] if !tag.is_weak() => Some(tag),
-                _ => None,
-            },
-            Some(EntityTagList::Any) | None => None,
+    pub fn single_pin(&self) -> Option<EntityTag<'a>> {
+        match self.if_match {
+            Some(EntityTagList::Tag(tag)) if !tag.is_weak() => Some(tag),
+            Some(EntityTagList::Any | EntityTagList::Tag(_) | EntityTagList::Tags(_)) | None => {
+                None
+            }
         }
     }
 }
 
 /// What is asked about.
-#[derive(Clone, Debug)]
-pub struct RepresentationMetadata {
+#[derive(Clone, Copy, Debug)]
+pub struct RepresentationMetadata<'a> {
     /// Strong.
-    pub etag: EntityTag,
+    pub etag: EntityTag<'a>,
     /// Whole seconds; a fraction is cut off, as `Last-Modified` cannot say it.
     pub last_modified: Option<SystemTime>,
     /// Complete length.
@@ -193,7 +210,7 @@ pub enum Verdict {
     Full,
     /// One or many ranges, in the order they were asked for and coalesced: 206. At least one, at
     /// most [`MAX_PARTS`](super::range::MAX_PARTS), disjoint.
-    Partial(Vec<ByteRange>),
+    Partial(Ranges),
     /// 304.
     NotModified,
     /// 412.
@@ -204,7 +221,7 @@ pub enum Verdict {
 
 /// Total and pure: preconditions in the order of RFC 9110 §13.2.2, then `Range`. The numbers are
 /// that section's steps.
-pub fn evaluate(request: &RequestHead, representation: &RepresentationMetadata) -> Verdict {
+pub fn evaluate(request: &RequestHead<'_>, representation: &RepresentationMetadata<'_>) -> Verdict {
     // Where S3 gave no modification date, conditions on it are ignored (§13.1.3, §13.1.4).
     let modified_after = |date: SystemTime| {
         representation
@@ -214,7 +231,7 @@ pub fn evaluate(request: &RequestHead, representation: &RepresentationMetadata) 
 
     if let Some(tags) = &request.if_match {
         // 1
-        if !tags.strong_matches(&representation.etag) {
+        if !tags.strong_matches(representation.etag) {
             return Verdict::PreconditionFailed;
         }
     } else if request.if_unmodified_since.is_some_and(modified_after) {
@@ -224,7 +241,7 @@ pub fn evaluate(request: &RequestHead, representation: &RepresentationMetadata) 
 
     if let Some(tags) = &request.if_none_match {
         // 3
-        if tags.weak_matches(&representation.etag) {
+        if tags.weak_matches(representation.etag) {
             return Verdict::NotModified;
         }
     } else if let Some(date) = request.if_modified_since
@@ -264,18 +281,49 @@ fn whole_seconds(time: SystemTime) -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
-/// The list that all lines of a field make up; `None` if there is no such field.
-fn tag_list(headers: &HeaderMap, name: &HeaderName) -> Option<Result<EntityTagList, MalformedTag>> {
-    headers
-        .contains_key(name)
-        .then(|| EntityTagList::parse(headers.get_all(name).iter().map(HeaderValue::as_bytes)))
+/// The fields of a request that matter, as they are met.
+#[derive(Default)]
+struct Fields<'a> {
+    if_match: bool,
+    if_none_match: bool,
+    if_modified_since: Lines<'a>,
+    if_unmodified_since: Lines<'a>,
+    if_range: Lines<'a>,
+    range: Lines<'a>,
 }
 
-/// The value of a field that must not be repeated. `None`: absent, or repeated.
-fn sole<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a [u8]> {
-    let mut lines = headers.get_all(name).iter();
-    let value = lines.next()?;
-    lines.next().is_none().then(|| value.as_bytes())
+/// The lines of a field that must not be repeated.
+#[derive(Default)]
+enum Lines<'a> {
+    #[default]
+    None,
+    One(&'a [u8]),
+    Several,
+}
+
+impl<'a> Lines<'a> {
+    fn add(&mut self, value: &'a HeaderValue) {
+        *self = match self {
+            Self::None => Self::One(value.as_bytes()),
+            Self::One(_) | Self::Several => Self::Several,
+        };
+    }
+
+    /// `None`: absent, or repeated.
+    fn sole(&self) -> Option<&'a [u8]> {
+        match self {
+            Self::One(value) => Some(value),
+            Self::None | Self::Several => None,
+        }
+    }
+}
+
+/// The list that all lines of a field make up.
+fn tag_list<'a>(
+    headers: &'a HeaderMap,
+    name: &HeaderName,
+) -> Result<EntityTagList<'a>, MalformedTag> {
+    EntityTagList::parse(headers.get_all(name).iter().map(HeaderValue::as_bytes))
 }
 
 #[cfg(test)]
@@ -283,7 +331,9 @@ mod tests {
     use std::time::Duration;
 
     use proptest::prelude::*;
+    use smallvec::smallvec;
 
+    use super::super::ByteRange;
     use super::super::etag::TagFault;
     use super::*;
 
@@ -296,7 +346,7 @@ mod tests {
     }
 
     /// 100 bytes, `"now"`, modified at [`MODIFIED`].
-    fn representation() -> RepresentationMetadata {
+    fn representation() -> RepresentationMetadata<'static> {
         RepresentationMetadata {
             etag: EntityTag::strong(b"now"),
             last_modified: Some(date(MODIFIED)),
@@ -304,12 +354,12 @@ mod tests {
         }
     }
 
-    fn head(method: Method, fields: &[(HeaderName, &[u8])]) -> Result<RequestHead, BadRequest> {
+    fn headers(fields: &[(HeaderName, &[u8])]) -> HeaderMap {
         let mut headers = HeaderMap::new();
         for (name, value) in fields {
             headers.append(name, HeaderValue::from_bytes(value).unwrap());
         }
-        RequestHead::from_headers(method, &headers)
+        headers
     }
 
     fn get(fields: &[(HeaderName, &str)]) -> Verdict {
@@ -317,11 +367,13 @@ mod tests {
             .iter()
             .map(|(n, v)| (n.clone(), v.as_bytes()))
             .collect();
-        evaluate(&head(Method::Get, &fields).unwrap(), &representation())
+        let headers = headers(&fields);
+        let request = RequestHead::from_headers(Method::Get, &headers).unwrap();
+        evaluate(&request, &representation())
     }
 
     fn partial(start: u64, end: u64) -> Verdict {
-        Verdict::Partial(vec![ByteRange::from_bounds(start, end).unwrap()])
+        Verdict::Partial(smallvec![ByteRange::from_bounds(start, end).unwrap()])
     }
 
     /// RFC 9110 §13.2.2, step by step and field by field as it is printed, over the truth of each
@@ -436,7 +488,9 @@ mod tests {
                                         r.as_ref().map(|row| row.1.clone()),
                                         ir.map(|row| row.1),
                                     );
-                                    let request = head(method, &fields).unwrap();
+                                    let headers = headers(&fields);
+                                    let request =
+                                        RequestHead::from_headers(method, &headers).unwrap();
                                     let verdict = evaluate(&request, &representation());
                                     assert_eq!(verdict, expected, "{request:?}");
                                     seen += 1;
@@ -464,7 +518,8 @@ mod tests {
         ] {
             for date in [OLDER, NEWER] {
                 let fields = [(name.clone(), date.as_bytes()), (RANGE, &b"bytes=0-9"[..])];
-                let request = head(Method::Get, &fields).unwrap();
+                let headers = headers(&fields);
+                let request = RequestHead::from_headers(Method::Get, &headers).unwrap();
                 assert_eq!(evaluate(&request, &undated), expected, "{name}: {date}");
             }
         }
@@ -484,7 +539,7 @@ mod tests {
                 .map(|line| (IF_MATCH, line.as_bytes()))
                 .collect();
             for method in [Method::Get, Method::Head] {
-                let error = head(method, &fields).unwrap_err();
+                let error = RequestHead::from_headers(method, &headers(&fields)).unwrap_err();
                 assert_eq!(
                     error,
                     BadRequest(MalformedTag { element, fault }),
@@ -492,7 +547,8 @@ mod tests {
                 );
             }
         }
-        let error = head(Method::Get, &[(IF_MATCH, b"\"a\", \"b")]).unwrap_err();
+        let error = RequestHead::from_headers(Method::Get, &headers(&[(IF_MATCH, b"\"a\", \"b")]))
+            .unwrap_err();
         assert_eq!(
             error.to_string(),
             "If-Match: entity tag 2 has no closing double quote"
@@ -568,7 +624,8 @@ mod tests {
                 (name.clone(), MODIFIED.as_bytes()),
                 (RANGE, &b"bytes=0-9"[..]),
             ];
-            let request = head(Method::Get, &fields).unwrap();
+            let headers = headers(&fields);
+            let request = RequestHead::from_headers(Method::Get, &headers).unwrap();
             assert_eq!(evaluate(&request, &written), expected, "{name}");
         }
     }
@@ -609,11 +666,17 @@ mod tests {
             (r#""now", "then""#, None),
             ("*", None),
         ] {
-            let request = head(Method::Get, &[(IF_MATCH, value.as_bytes())]).unwrap();
+            let headers = headers(&[(IF_MATCH, value.as_bytes())]);
+            let request = RequestHead::from_headers(Method::Get, &headers).unwrap();
             let found = request.single_pin().map(EntityTag::opaque);
             assert_eq!(found, pin.map(str::as_bytes), "{value}");
         }
-        assert!(head(Method::Get, &[]).unwrap().single_pin().is_none());
+        assert!(
+            RequestHead::from_headers(Method::Get, &headers(&[]))
+                .unwrap()
+                .single_pin()
+                .is_none()
+        );
     }
 
     proptest! {

@@ -8,8 +8,7 @@
 //!    the crate to get a [`ByteRange`], which therefore always holds at least one byte that exists.
 //! 3. [`resolve_all`] does so for a whole set, coalesces, and bounds what one request may cost.
 //!
-//! The syntax of a single spec is judged by `http-range-header`; everything about which it differs
-//! from RFC 9110 is settled before and after it (ADR 6). What we settled:
+//! The grammar is small and read as it stands in RFC 9110 (ADR 6, ADR 19). What we settled:
 //!
 //! | sent | meaning |
 //! |---|---|
@@ -30,11 +29,10 @@
 //! `parse_of_format_is_identity`, `parser_never_panics`, `at_most_64_parts`, `at_most_max_specs_are_read`,
 //! `arithmetic_holds_at_the_end_of_64_bits`.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::num::NonZeroU64;
 
-use http_range_header::{EndPosition, StartPosition, SyntacticallyCorrectRange};
+use smallvec::{SmallVec, smallvec};
 
 use super::trim_ows;
 
@@ -70,21 +68,26 @@ pub struct ByteRange {
     len: NonZeroU64,
 }
 
+/// What a `Range` field holds: mostly one spec, which takes no allocation.
+pub type RangeSet = SmallVec<[RangeSpec; 1]>;
+
+/// What is to be sent: mostly one range, which takes no allocation.
+pub type Ranges = SmallVec<[ByteRange; 1]>;
+
 /// Reads the value of a `Range` field (RFC 9110 §14.2). `None`: the field is to be ignored, because
 /// the unit is not `bytes` or the syntax is bad. Otherwise there is at least one spec.
 ///
 /// Numbers past 64 bits become [`u64::MAX`], which is past the end of any object. Of a set of more
 /// than [`MAX_SPECS`] only one spec more than that is read, which is how [`resolve_all`] knows it.
 /// What stands behind is not looked at: the set is refused whatever it is.
-pub fn parse_range(value: &[u8]) -> Option<Vec<RangeSpec>> {
-    let value = std::str::from_utf8(trim_ows(value)).ok()?;
-    let (unit, set) = value.split_once('=')?;
-    if !unit.eq_ignore_ascii_case("bytes") {
+pub fn parse_range(value: &[u8]) -> Option<RangeSet> {
+    let (unit, set) = split_once(trim_ows(value), b'=')?;
+    if !unit.eq_ignore_ascii_case(b"bytes") {
         return None;
     }
-    let mut specs = Vec::new();
-    for element in set.split(',') {
-        let element = element.trim_matches([' ', '\t']);
+    let mut specs = RangeSet::new();
+    for element in set.split(|byte| *byte == b',') {
+        let element = trim_ows(element);
         if element.is_empty() {
             continue;
         }
@@ -96,55 +99,42 @@ pub fn parse_range(value: &[u8]) -> Option<Vec<RangeSpec>> {
     (!specs.is_empty()).then_some(specs)
 }
 
-/// Reads one `range-spec`: brings its numbers into the form that `http-range-header` understands,
-/// lets that judge the syntax, and decides what it cannot (ADR 6).
-fn parse_spec(element: &str) -> Option<RangeSpec> {
-    let (first, last) = element.split_once('-')?;
+/// Reads one `range-spec`.
+fn parse_spec(element: &[u8]) -> Option<RangeSpec> {
+    let (first, last) = split_once(element, b'-')?;
     let (first, last) = (Number::new(first)?, Number::new(last)?);
-    // The crate reports this one as an error like bad syntax.
-    if first.absent && last.is_zero() {
-        return Some(RangeSpec::Suffix(0));
+    match (first.absent, last.absent) {
+        (true, true) => None,
+        (true, false) => Some(RangeSpec::Suffix(last.value())),
+        (false, true) => Some(RangeSpec::From(first.value())),
+        // On the digits as sent: past 64 bits, 9…9-9…8 is still backwards (§14.1.1).
+        (false, false) => (!first.exceeds(&last)).then(|| RangeSpec::Closed {
+            first: first.value(),
+            last: last.value(),
+        }),
     }
-    // On the digits as sent: past 64 bits, 9…9-9…8 is still backwards (§14.1.1).
-    if !last.absent && first.exceeds(&last) {
-        return None;
-    }
-    let canonical = format!("bytes={}-{}", first.canonical(), last.canonical());
-    let parsed = http_range_header::parse_range_header(&canonical).ok()?;
-    let [SyntacticallyCorrectRange { start, end }] = parsed.ranges[..] else {
-        return None;
-    };
-    match (start, end) {
-        (StartPosition::Index(first), EndPosition::Index(last)) => {
-            Some(RangeSpec::Closed { first, last })
-        }
-        (StartPosition::Index(first), EndPosition::LastByte) => Some(RangeSpec::From(first)),
-        (StartPosition::FromLast(length), EndPosition::LastByte) => Some(RangeSpec::Suffix(length)),
-        (StartPosition::FromLast(_), EndPosition::Index(_)) => None,
-    }
+}
+
+fn split_once(bytes: &[u8], separator: u8) -> Option<(&[u8], &[u8])> {
+    let at = bytes.iter().position(|byte| *byte == separator)?;
+    Some((&bytes[..at], &bytes[at + 1..]))
 }
 
 /// The digits on one side of a spec's `-`; possibly none.
 struct Number<'a> {
     absent: bool,
     /// Without leading zeros, so empty for zero too.
-    significant: &'a str,
+    significant: &'a [u8],
 }
 
 impl<'a> Number<'a> {
     /// `None`: holds something else than digits.
-    fn new(digits: &'a str) -> Option<Self> {
-        digits
-            .bytes()
-            .all(|byte| byte.is_ascii_digit())
-            .then(|| Self {
-                absent: digits.is_empty(),
-                significant: digits.trim_start_matches('0'),
-            })
-    }
-
-    fn is_zero(&self) -> bool {
-        !self.absent && self.significant.is_empty()
+    fn new(digits: &'a [u8]) -> Option<Self> {
+        let zeros = digits.iter().take_while(|digit| **digit == b'0').count();
+        digits.iter().all(u8::is_ascii_digit).then(|| Self {
+            absent: digits.is_empty(),
+            significant: &digits[zeros..],
+        })
     }
 
     /// By value, whatever its length.
@@ -153,15 +143,13 @@ impl<'a> Number<'a> {
         (a.len(), a) > (b.len(), b)
     }
 
-    /// Without leading zeros and clamped to 64 bits.
-    fn canonical(&self) -> Cow<'a, str> {
-        if self.is_zero() {
-            Cow::Borrowed("0")
-        } else if self.significant.len() >= 20 && self.significant.parse::<u64>().is_err() {
-            Cow::Owned(u64::MAX.to_string())
-        } else {
-            Cow::Borrowed(self.significant)
-        }
+    /// Clamped to 64 bits.
+    fn value(&self) -> u64 {
+        self.significant.iter().fold(0, |value: u64, digit| {
+            value
+                .saturating_mul(10)
+                .saturating_add(u64::from(digit - b'0'))
+        })
     }
 }
 
@@ -174,7 +162,10 @@ impl<'a> Number<'a> {
 /// Unsatisfiable are: a set of which nothing is left, any set on an empty representation, more than
 /// [`MAX_PARTS`] ranges after coalescing, and more than [`MAX_SPECS`] before. RFC 9110 §14.2 lets a
 /// server reject "many small ranges"; answering with the whole object instead would reward them.
-pub fn resolve_all(specs: &[RangeSpec], size: u64) -> Option<Vec<ByteRange>> {
+pub fn resolve_all(specs: &[RangeSpec], size: u64) -> Option<Ranges> {
+    if let [spec] = specs {
+        return spec.resolve(size).map(|range| smallvec![range]);
+    }
     if specs.len() > MAX_SPECS {
         return None;
     }
@@ -348,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn what_http_range_header_would_decide_otherwise() {
+    fn what_readers_of_ranges_get_wrong() {
         for (field, size, expected) in [
             ("Bytes=0-9", 100, vec![(0, 9)]),
             ("BYTES=-1", 100, vec![(99, 99)]),
@@ -529,7 +520,7 @@ mod tests {
 
     /// The grammar of §14.1.1 with the decisions of the module's table, written a second time in
     /// the plainest way there is.
-    fn naive_parse(field: &str) -> Option<Vec<RangeSpec>> {
+    fn naive_parse(field: &str) -> Option<RangeSet> {
         let field = field.trim_matches([' ', '\t']);
         let equals = field.find('=')?;
         if field[..equals].to_lowercase() != "bytes" {
@@ -565,7 +556,7 @@ mod tests {
                 _ => return None,
             });
         }
-        (!specs.is_empty()).then_some(specs)
+        (!specs.is_empty()).then(|| RangeSet::from_vec(specs))
     }
 
     /// Fields that are nearly always nearly valid. Numbers stay below 2^128, for the model's sake.
@@ -627,7 +618,7 @@ mod tests {
         #[test]
         fn one_spec_resolves_as_a_set_of_one(spec in any_spec(u64::MAX), size in any::<u64>()) {
             let alone = spec.resolve(size);
-            prop_assert_eq!(resolve_all(&[spec], size), alone.map(|range| vec![range]));
+            prop_assert_eq!(resolve_all(&[spec], size), alone.map(|range| smallvec![range]));
             if let Some(range) = alone {
                 prop_assert!(range.end() <= size);
                 prop_assert_eq!(range.spec().resolve(size), Some(range));
@@ -636,7 +627,7 @@ mod tests {
 
         #[test]
         fn parse_of_format_is_identity(specs in prop::collection::vec(any_spec(u64::MAX), 1..8)) {
-            prop_assert_eq!(parse_range(format_set(&specs).as_bytes()), Some(specs));
+            prop_assert_eq!(parse_range(format_set(&specs).as_bytes()), Some(RangeSet::from_vec(specs)));
         }
 
         #[test]

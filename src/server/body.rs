@@ -55,7 +55,7 @@ pub trait BodyObserver: Send + Sync + 'static {
 pub struct BodyEnd {
     /// The body's length as promised in the head.
     pub promised: u64,
-    /// Bytes the socket took by sendfile.
+    /// Bytes the socket took from files: by sendfile, or as a copy where an extent was short.
     pub from_files: u64,
     /// Bytes the socket took from memory.
     pub from_memory: u64,

@@ -6,12 +6,14 @@
 //!                   └──────▶ respond::rejected   └─▶ respond::refused     └─▶ one line, metrics
 //! ```
 
+use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::header::{
-    CACHE_CONTROL, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING, VIA,
+    CACHE_CONTROL, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, RANGE, TRANSFER_ENCODING,
+    VIA,
 };
 use http::{Request, Response};
 use http_body::Body as _;
@@ -20,7 +22,7 @@ use tracing::{Instrument, Span, field};
 use super::body::{BodyEnd, BodyObserver, ResponseBody};
 use super::io::SendQueue;
 use super::respond::{self, Rejected};
-use crate::mount::Mounts;
+use crate::mount::{Mount, Mounts};
 use crate::object::Validator;
 use crate::remote::TRACEPARENT;
 use crate::semantics::precondition::Method;
@@ -29,6 +31,7 @@ use crate::telemetry::Metrics;
 use crate::tiers::{Get, Opened, Refusal, Tiers, Trace};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACEPARENT_FIELD: HeaderName = HeaderName::from_static("traceparent");
 
 /// Query parameters that S3 gives a meaning on a read. All else in a query is ignored.
 const S3_PARAMETERS: &[&str] = &[
@@ -85,7 +88,8 @@ impl Handler {
     ) -> Response<ResponseBody> {
         let (request, content) = request.into_parts();
         let started = Instant::now();
-        let id = self.request_id(&request.headers);
+        let fields = Fields::of(&request.headers);
+        let id = self.request_id(fields.id, started);
         let span = tracing::info_span!(
             "request",
             id = id.to_str().unwrap_or_default(),
@@ -97,7 +101,10 @@ impl Handler {
             verdict = field::Empty,
             tier = field::Empty,
         );
-        let mut response = self.answer(&request, started, queue).instrument(span).await;
+        let mut response = self
+            .answer(&request, &fields, started, queue)
+            .instrument(span)
+            .await;
         response.headers_mut().insert(X_REQUEST_ID, id);
         response
             .headers_mut()
@@ -113,6 +120,7 @@ impl Handler {
     async fn answer(
         &self,
         request: &http::request::Parts,
+        fields: &Fields<'_>,
         started: Instant,
         queue: &SendQueue,
     ) -> Response<ResponseBody> {
@@ -125,7 +133,7 @@ impl Handler {
             first_byte: Duration::ZERO,
             open: false,
         };
-        let (mount, key, head) = match self.read(request) {
+        let (mount, key, head) = match self.read(request, fields) {
             Ok(read) => read,
             Err(rejected) => {
                 let response = respond::rejected(&rejected);
@@ -133,18 +141,20 @@ impl Handler {
                 return response;
             }
         };
-        describe(&end.span, request, &head);
+        describe(&end.span, request, fields, &head);
         let get = Get {
             mount,
             key: &key,
             head: &head,
-            no_cache: no_cache(&request.headers),
+            no_cache: fields.no_cache,
+            started,
         };
-        let trace = traceparent(request);
-        match TRACEPARENT
-            .scope(trace.map(Box::from), self.tiers.open(&get))
-            .await
-        {
+        let opening = self.tiers.open(&get);
+        let answer = match fields.trace() {
+            Some(trace) => Box::pin(TRACEPARENT.scope(Some(trace.into()), opening)).await,
+            None => opening.await,
+        };
+        match answer {
             Ok(opened) => {
                 end.verdict = verdict(&opened);
                 end.tier = tier(&opened.trace);
@@ -177,17 +187,18 @@ impl Handler {
     }
 
     /// What the request asks for.
-    fn read(
-        &self,
-        request: &http::request::Parts,
-    ) -> Result<(&Arc<crate::mount::Mount>, String, RequestHead), Rejected> {
+    fn read<'a>(
+        &'a self,
+        request: &'a http::request::Parts,
+        fields: &Fields<'_>,
+    ) -> Result<(&'a Arc<Mount>, Cow<'a, str>, RequestHead<'a>), Rejected> {
         let method = match request.method {
             http::Method::GET => Method::Get,
             http::Method::HEAD => Method::Head,
             _ => return Err(Rejected::Method),
         };
         // RFC 9112 §3.2: two servers on the way that take different ones would disagree on what was asked for.
-        let hosts = request.headers.get_all(HOST).iter().count();
+        let hosts = fields.hosts;
         if hosts > 1 || (hosts == 0 && request.version == http::Version::HTTP_11) {
             return Err(Rejected::Field(format!(
                 "a request has one Host field, not {hosts}"
@@ -195,7 +206,7 @@ impl Handler {
         }
         // RFC 9112 §6.1: with a Content-Length beside it, which hyper hides, two servers on the way may see the end of
         // the request in two places. Nobody needs it to ask for an object.
-        if request.headers.contains_key(TRANSFER_ENCODING) {
+        if fields.transfer_encoding {
             return Err(Rejected::Field(
                 "a request for an object has no Transfer-Encoding".to_owned(),
             ));
@@ -213,7 +224,7 @@ impl Handler {
     }
 
     /// The client's id if it is sane, else one of ours.
-    fn request_id(&self, headers: &HeaderMap) -> HeaderValue {
+    fn request_id(&self, sent: Option<&HeaderValue>, started: Instant) -> HeaderValue {
         let sane = |id: &&HeaderValue| {
             let id = id.as_bytes();
             (1..=128).contains(&id.len())
@@ -221,17 +232,52 @@ impl Handler {
                     .iter()
                     .all(|byte| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte))
         };
-        headers
-            .get(X_REQUEST_ID)
-            .filter(sane)
-            .cloned()
-            .unwrap_or_else(|| {
-                let random = self
-                    .random
-                    .hash_one((Instant::now(), std::thread::current().id()));
-                HeaderValue::from_str(&format!("{random:016x}"))
-                    .expect("hexadecimal digits are a field value")
-            })
+        sent.filter(sane).cloned().unwrap_or_else(|| {
+            let mut random = self.random.hash_one((started, std::thread::current().id()));
+            let digits = [(); 16].map(|()| {
+                random = random.rotate_left(4);
+                b"0123456789abcdef"[(random & 15) as usize]
+            });
+            HeaderValue::from_bytes(&digits).expect("hexadecimal digits are a field value")
+        })
+    }
+}
+
+/// The fields that matter here, gathered in one pass: a request has fewer fields than there are names to look up.
+#[derive(Default)]
+struct Fields<'a> {
+    hosts: usize,
+    transfer_encoding: bool,
+    /// `no-cache` among the `Cache-Control` directives.
+    no_cache: bool,
+    /// The first `X-Request-Id`.
+    id: Option<&'a HeaderValue>,
+    /// The first `traceparent`.
+    trace: Option<&'a HeaderValue>,
+}
+
+impl<'a> Fields<'a> {
+    fn trace(&self) -> Option<&'a str> {
+        let value = self.trace?.to_str().ok()?;
+        is_traceparent(value).then_some(value)
+    }
+
+    fn of(headers: &'a HeaderMap) -> Self {
+        let mut fields = Self::default();
+        for (name, value) in headers {
+            if name == HOST {
+                fields.hosts += 1;
+            } else if name == TRANSFER_ENCODING {
+                fields.transfer_encoding = true;
+            } else if name == CACHE_CONTROL {
+                fields.no_cache |= no_cache(value);
+            } else if name == X_REQUEST_ID {
+                fields.id.get_or_insert(value);
+            } else if name == TRACEPARENT_FIELD {
+                fields.trace.get_or_insert(value);
+            }
+        }
+        fields
     }
 }
 
@@ -249,43 +295,36 @@ fn refuse_s3_parameters(query: &str) -> Result<(), Rejected> {
     Ok(())
 }
 
-/// `no-cache` among the request's `Cache-Control` directives.
-fn no_cache(headers: &HeaderMap) -> bool {
-    headers
-        .get_all(CACHE_CONTROL)
-        .iter()
-        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+fn no_cache(directives: &HeaderValue) -> bool {
+    directives
+        .as_bytes()
+        .split(|byte| *byte == b',')
         .any(|directive| directive.trim_ascii().eq_ignore_ascii_case(b"no-cache"))
 }
 
-fn describe(span: &Span, request: &http::request::Parts, head: &RequestHead) {
+fn describe(
+    span: &Span,
+    request: &http::request::Parts,
+    fields: &Fields<'_>,
+    head: &RequestHead<'_>,
+) {
     if span.is_disabled() {
         return;
     }
     let pin = match &head.if_match {
         None => "none",
         Some(EntityTagList::Any) => "any",
-        Some(EntityTagList::Tags(_)) if head.single_pin().is_some() => "one",
-        Some(EntityTagList::Tags(_)) => "list",
+        Some(_) if head.single_pin().is_some() => "one",
+        Some(EntityTagList::Tag(_) | EntityTagList::Tags(_)) => "list",
     };
     span.record("pin", pin);
-    if let Some(range) = text(request, "range") {
+    let range = request.headers.get(RANGE);
+    if let Some(range) = range.and_then(|range| range.to_str().ok()) {
         span.record("range", range);
     }
-    if let Some(trace) = traceparent(request) {
+    if let Some(trace) = fields.trace() {
         span.record("trace", trace);
     }
-}
-
-fn text<'a>(request: &'a http::request::Parts, name: &str) -> Option<&'a str> {
-    request
-        .headers
-        .get(name)
-        .and_then(|value| value.to_str().ok())
-}
-
-fn traceparent(request: &http::request::Parts) -> Option<&str> {
-    text(request, "traceparent").filter(|value| is_traceparent(value))
 }
 
 /// W3C Trace Context §3.2: version, trace id, parent id and flags in lower-case hexadecimal.

@@ -53,6 +53,9 @@ pub(super) struct Hangs;
 pub trait Pages: Send + Sync + 'static {
     /// Whether the first `len` bytes of `extent` can probably be sent without reading the disk.
     fn is_resident(&self, extent: &FileExtent, len: u64) -> bool;
+    /// Fills `buffer` with the first bytes of `extent` if that needs no reading of the disk. `false`: it
+    /// would, or fails.
+    fn copy_resident(&self, extent: &FileExtent, buffer: &mut [u8]) -> bool;
     /// Reads the first `len` bytes of `extent` into the page cache. Blocking.
     fn read(&self, extent: &FileExtent, len: u64);
 }
@@ -109,6 +112,12 @@ impl PageIn {
     /// Whether the first `len` bytes of `extent` can probably be sent without reading the disk.
     pub(super) fn is_resident(&self, extent: &FileExtent, len: u64) -> bool {
         self.0.pages.is_resident(extent, len)
+    }
+
+    /// Fills `buffer` with the first bytes of `extent` if that needs no reading of the disk. `false`: it
+    /// would, or fails; a sendfile finds out which.
+    pub(super) fn copy_resident(&self, extent: &FileExtent, buffer: &mut [u8]) -> bool {
+        self.0.pages.copy_resident(extent, buffer)
     }
 
     /// Reads the first `len` bytes of `extent` into the page cache. Errors are left for the
@@ -188,6 +197,18 @@ impl Pages for KernelPages {
             ReadWriteFlags::NOWAIT,
         );
         probe != Err(Errno::AGAIN)
+    }
+
+    /// One system call that asks and reads.
+    fn copy_resident(&self, extent: &FileExtent, buffer: &mut [u8]) -> bool {
+        let wanted = buffer.len();
+        let read = rustix::io::preadv2(
+            extent.file().file(),
+            &mut [IoSliceMut::new(buffer)],
+            extent.offset(),
+            ReadWriteFlags::NOWAIT,
+        );
+        read == Ok(wanted)
     }
 
     fn read(&self, extent: &FileExtent, len: u64) {

@@ -22,6 +22,7 @@ use std::process::{ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::stream::{self, TryStreamExt as _};
 use rustix::process::Resource;
 use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
@@ -42,15 +43,18 @@ use crate::config::{Config, MountConfig};
 use crate::disk::{DiskError, DiskTier, Purged, ScrubReport};
 use crate::fill::{FillSettings, Filler};
 use crate::mount::{ForbiddenAs, Mount, Mounts, PathError};
-use crate::remote::s3::{CredentialSource, InvalidS3Settings, S3Remote, S3Settings};
-use crate::remote::{Remote, RemoteError, RemoteErrorKind};
+use crate::remote::s3::{CredentialSource, InvalidS3Settings, S3Remote, S3Settings, Transport};
+use crate::remote::{RemoteError, RemoteErrorKind};
 use crate::semantics::RangeSpec;
 use crate::telemetry::Metrics;
 use crate::tiers::{TierSettings, Tiers};
 
-/// How long a start waits for the remotes' answer to its probe. An S3 in the same region answers in a
-/// fifth of it; a replica is to be ready within a second whatever S3 does (P11).
+/// How long a start waits for the remotes' answers to its probes. An S3 in the same region answers in a
+/// fifth of it; a replica is to be ready within a second whatever S3 does (P11), and however many mounts there are.
 const PROBE: Duration = Duration::from_millis(700);
+
+/// Mounts that are probed at a time: each may need a connection of its own, and most are to the same few servers.
+const PROBES: usize = 64;
 
 /// A key that nobody has. Its read tells a missing bucket from a missing key, as a HEAD would not.
 const PROBE_KEY: &str = ".pinrange-probe";
@@ -166,9 +170,9 @@ impl Replica {
         inherited: Inherited,
     ) -> Result<Self, StartError> {
         let (mut predecessor, [data, admin]) = both_listeners(config, inherited).await?;
-        let mounts = config.mounts.iter();
-        let mounts = mounts.map(|mount| open_mount(mount, credentials));
-        let mounts = Arc::new(Mounts::new(futures::future::try_join_all(mounts).await?));
+        // The SDK's futures are large, and nest so deep that the compiler gives up on one that holds them.
+        let mounts = Box::pin(open_mounts(config, credentials)).await?;
+        let mounts = Arc::new(Mounts::new(mounts));
         let without_writer = Instant::now();
         if let Some(predecessor) = &mut predecessor {
             predecessor
@@ -264,6 +268,10 @@ impl Replica {
     /// load balancers can look elsewhere and clients hear that their connections end, then running responses end
     /// within the drain timeout, and what was written is made durable. Dropping the future stops waiting, not draining.
     pub async fn drain(mut self, grace: bool) -> DrainReport {
+        if grace {
+            // First: who learns of it from `/readyz` and asks has been answered like that.
+            self.data_ending.announce();
+        }
         self.readiness.send_replace(Readiness::Draining);
         if let Some(handover) = self.handover.take() {
             // It holds the listeners too.
@@ -273,7 +281,6 @@ impl Replica {
         }
         let mut report = None;
         if grace {
-            self.data_ending.announce();
             tokio::time::sleep(self.drain_grace).await;
             self.data_ending.stop_accepting();
             // Those that were taken last may not have come to their first request yet.
@@ -621,7 +628,25 @@ pub fn raise_descriptor_limit() {
     }
 }
 
+/// Connects and probes all of them, the probes within the time that one has.
+async fn open_mounts(
+    config: &Config,
+    credentials: &CredentialSource,
+) -> Result<Vec<Mount>, StartError> {
+    let transport = Transport::default();
+    let mut mounts = Vec::with_capacity(config.mounts.len());
+    for mount in &config.mounts {
+        mounts.push(open_mount(&transport, mount, credentials).await?);
+    }
+    let deadline = tokio::time::Instant::now() + PROBE;
+    stream::iter(config.mounts.iter().zip(&mounts).map(Ok))
+        .try_for_each_concurrent(PROBES, |(config, mount)| probe(config, mount, deadline))
+        .await?;
+    Ok(mounts)
+}
+
 async fn open_mount(
+    transport: &Transport,
     config: &MountConfig,
     credentials: &CredentialSource,
 ) -> Result<Mount, StartError> {
@@ -635,21 +660,39 @@ async fn open_mount(
         stall_timeout: config.stall_timeout,
         ..S3Settings::new(config.bucket.clone())
     };
-    let refuse = |error: RemoteError, advice| StartError::Mount {
-        path: config.path.clone(),
-        error: Box::new(error),
-        advice,
-    };
-    let remote = S3Remote::connect(settings)
+    let remote = S3Remote::connect_over(transport, settings)
         .await
         .map_err(|source| StartError::Settings {
             path: config.path.clone(),
             source,
         })?;
-    let probe_key = [config.prefix.as_str(), PROBE_KEY].concat();
+    Ok(Mount {
+        path: config.path.clone(),
+        prefix: config.prefix.clone(),
+        remote: Arc::new(remote),
+        fresh_for: config.fresh_for,
+        stale_if_error: config.stale_if_error,
+        forbidden: config.forbidden,
+        retries: config.retries,
+        verify: config.verify,
+    })
+}
+
+/// Finds mistakes in the configuration; an S3 that cannot be reached is none.
+async fn probe(
+    config: &MountConfig,
+    mount: &Mount,
+    deadline: tokio::time::Instant,
+) -> Result<(), StartError> {
+    let refuse = |error: RemoteError, advice| StartError::Mount {
+        path: config.path.clone(),
+        error: Box::new(error),
+        advice,
+    };
+    let key = mount.key(PROBE_KEY);
     let want = Some(RangeSpec::Closed { first: 0, last: 0 });
-    let probe = remote.read_current(&probe_key, want, None);
-    match tokio::time::timeout(PROBE, probe).await {
+    let probe = mount.remote.read_current(key.key(), want, None);
+    match tokio::time::timeout_at(deadline, probe).await {
         Ok(
             Ok(_)
             | Err(RemoteError {
@@ -676,16 +719,7 @@ async fn open_mount(
             "the mount's S3 has not answered yet; what is held is served, the rest once it answers"
         ),
     }
-    Ok(Mount {
-        path: config.path.clone(),
-        prefix: config.prefix.clone(),
-        remote: Arc::new(remote),
-        fresh_for: config.fresh_for,
-        stale_if_error: config.stale_if_error,
-        forbidden: config.forbidden,
-        retries: config.retries,
-        verify: config.verify,
-    })
+    Ok(())
 }
 
 fn warn_unreachable(config: &MountConfig, error: &RemoteError) {

@@ -6,9 +6,8 @@
 #![deny(clippy::wildcard_enum_match_arm)]
 
 use std::collections::VecDeque;
-use std::fmt::Write as _;
 use std::hash::{BuildHasher, RandomState};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{
@@ -16,20 +15,18 @@ use http::header::{
     EXPIRES, HeaderMap, HeaderName, HeaderValue, LAST_MODIFIED, RETRY_AFTER,
 };
 use http::{Response, StatusCode};
+use smallvec::SmallVec;
 
 use super::body::{BodyObserver, Part, ResponseBody};
 use super::io::SendQueue;
 use crate::mount::PathError;
-use crate::object::{Representation, Validator};
+use crate::object::Validator;
 use crate::semantics::precondition::Method;
 use crate::semantics::{ByteRange, Verdict};
 use crate::tiers::{Forwarded, Opened, Refusal, Trace};
 
 const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
-
-/// From 1970 to the end of what an HTTP date can say.
-const YEAR_9999: Duration = Duration::from_hours(70_380_768);
 
 /// A request that never reaches the tiers.
 #[derive(Debug)]
@@ -57,6 +54,7 @@ pub fn opened<O: BodyObserver>(
 ) -> (Response<ResponseBody>, Option<O>) {
     let Opened {
         representation,
+        fields,
         verdict,
         reader,
         trace,
@@ -66,13 +64,13 @@ pub fn opened<O: BodyObserver>(
     let mut headers = HeaderMap::with_capacity(16);
     let status = match &verdict {
         Verdict::Full => {
-            describe(&mut headers, &representation);
+            describe(&mut headers, &fields);
             headers.insert(CONTENT_LENGTH, size.into());
             parts.extend(ByteRange::whole(size).map(Part::Range));
             StatusCode::OK
         }
         Verdict::Partial(ranges) => {
-            describe(&mut headers, &representation);
+            describe(&mut headers, &fields);
             if let [range] = ranges[..] {
                 headers.insert(CONTENT_RANGE, content_range(range, size));
                 headers.insert(CONTENT_LENGTH, range.len().into());
@@ -83,12 +81,11 @@ pub fn opened<O: BodyObserver>(
             StatusCode::PARTIAL_CONTENT
         }
         Verdict::NotModified => {
-            validators(&mut headers, &representation);
-            for (name, value) in pass_through(&representation) {
-                if name == CACHE_CONTROL || name == EXPIRES {
-                    headers.insert(name, value);
-                }
-            }
+            describe_only(
+                &mut headers,
+                &fields,
+                &[ETAG, LAST_MODIFIED, CACHE_CONTROL, EXPIRES],
+            );
             StatusCode::NOT_MODIFIED
         }
         Verdict::PreconditionFailed => {
@@ -102,7 +99,7 @@ pub fn opened<O: BodyObserver>(
                 "no byte of the requested ranges exists, or there are too many of them",
                 &[],
             );
-            validators(response.headers_mut(), &representation);
+            describe_only(response.headers_mut(), &fields, &[ETAG, LAST_MODIFIED]);
             let unsatisfied = format!("bytes */{size}");
             response
                 .headers_mut()
@@ -239,30 +236,22 @@ fn problem(status: StatusCode, detail: &str, more: &[(&str, &str)]) -> Response<
     response
 }
 
-fn validators(headers: &mut HeaderMap, representation: &Representation) {
+fn describe(headers: &mut HeaderMap, fields: &[(HeaderName, HeaderValue)]) {
     headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
-    headers.insert(ETAG, ascii(representation.validator.as_field_value()));
-    // httpdate panics outside the years it can write; a remote may send anything.
-    if let Some(date) = representation.last_modified.filter(|date| {
-        date.duration_since(UNIX_EPOCH)
-            .is_ok_and(|since| since < YEAR_9999)
-    }) {
-        headers.insert(LAST_MODIFIED, ascii(&httpdate::fmt_http_date(date)));
+    for (name, value) in fields {
+        headers.insert(name, value.clone());
     }
 }
 
-fn describe(headers: &mut HeaderMap, representation: &Representation) {
-    validators(headers, representation);
-    headers.extend(pass_through(representation));
-}
-
-fn pass_through(
-    representation: &Representation,
-) -> impl Iterator<Item = (HeaderName, HeaderValue)> {
-    representation.headers.iter().filter_map(|(name, value)| {
-        let name = HeaderName::from_bytes(name.as_bytes()).ok()?;
-        Some((name, HeaderValue::from_bytes(value.as_bytes()).ok()?))
-    })
+fn describe_only(
+    headers: &mut HeaderMap,
+    fields: &[(HeaderName, HeaderValue)],
+    names: &[HeaderName],
+) {
+    headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+    for (name, value) in fields.iter().filter(|(name, _)| names.contains(name)) {
+        headers.insert(name, value.clone());
+    }
 }
 
 /// RFC 9110 §14.6. Each part's head stands between bytes of the file, which go by sendfile.
@@ -303,55 +292,102 @@ fn multipart(headers: &mut HeaderMap, ranges: &[ByteRange], size: u64) -> VecDeq
 }
 
 fn content_range(range: ByteRange, size: u64) -> HeaderValue {
-    ascii(&format!("bytes {}-{}/{size}", range.start(), range.last()))
+    let mut line = Line::new();
+    line.push("bytes ");
+    line.number(range.start());
+    line.push("-");
+    line.number(range.last());
+    line.push("/");
+    line.number(size);
+    line.value()
 }
 
 /// `Cache-Status` (RFC 9211) and `Server-Timing`.
 fn trace_fields(headers: &mut HeaderMap, trace: &Trace, method: Method) {
-    let mut status = String::from("pinrange");
-    if trace.stale {
-        status.push_str("; hit; detail=stale-if-error");
-    } else if let Some(why) = trace.forwarded {
-        let why = match why {
-            Forwarded::Miss => "miss",
-            Forwarded::Partial => "partial",
-            Forwarded::Stale => "stale",
-            Forwarded::Request => "request",
-        };
-        let seen = match method {
-            _ if trace.confirmed => StatusCode::NOT_MODIFIED,
-            Method::Head => StatusCode::OK,
-            Method::Get => StatusCode::PARTIAL_CONTENT,
-        };
-        status.push_str("; fwd=");
-        status.push_str(why);
-        status.push_str("; fwd-status=");
-        status.push_str(seen.as_str());
-        if trace.stored {
-            status.push_str("; stored");
-        }
-        if trace.is_collapsed() {
-            status.push_str("; collapsed");
-        }
-    } else {
-        status.push_str("; hit; detail=disk");
-    }
-    headers.insert(CACHE_STATUS, ascii(&status));
+    headers.insert(CACHE_STATUS, cache_status(trace, method));
 
-    let mut timing = String::with_capacity(64);
+    let mut timing = Line::new();
     for (name, duration) in [
         ("disk", trace.disk),
         ("remote", trace.remote),
         ("queue", trace.queued),
     ] {
         if !duration.is_zero() {
-            let separator = if timing.is_empty() { "" } else { ", " };
-            let milliseconds = duration.as_secs_f64() * 1e3;
-            let _infallible = write!(timing, "{separator}{name};dur={milliseconds:.3}");
+            timing.push(if timing.is_empty() { "" } else { ", " });
+            timing.push(name);
+            timing.push(";dur=");
+            timing.milliseconds(duration);
         }
     }
     if !timing.is_empty() {
-        headers.insert(SERVER_TIMING, ascii(&timing));
+        headers.insert(SERVER_TIMING, timing.value());
+    }
+}
+
+fn cache_status(trace: &Trace, method: Method) -> HeaderValue {
+    if trace.stale {
+        return HeaderValue::from_static("pinrange; hit; detail=stale-if-error");
+    }
+    let Some(why) = trace.forwarded else {
+        return HeaderValue::from_static("pinrange; hit; detail=disk");
+    };
+    let mut status = Line::new();
+    status.push("pinrange; fwd=");
+    status.push(match why {
+        Forwarded::Miss => "miss",
+        Forwarded::Partial => "partial",
+        Forwarded::Stale => "stale",
+        Forwarded::Request => "request",
+    });
+    let seen = match method {
+        _ if trace.confirmed => StatusCode::NOT_MODIFIED,
+        Method::Head => StatusCode::OK,
+        Method::Get => StatusCode::PARTIAL_CONTENT,
+    };
+    status.push("; fwd-status=");
+    status.push(seen.as_str());
+    if trace.stored {
+        status.push("; stored");
+    }
+    if trace.is_collapsed() {
+        status.push("; collapsed");
+    }
+    status.value()
+}
+
+/// A field value of numbers and our own words, put together without the formatter of `std`, which
+/// takes several times as long.
+struct Line(SmallVec<[u8; 96]>);
+
+impl Line {
+    fn new() -> Self {
+        Self(SmallVec::new())
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn push(&mut self, text: &str) {
+        self.0.extend_from_slice(text.as_bytes());
+    }
+
+    fn number(&mut self, number: u64) {
+        self.push(itoa::Buffer::new().format(number));
+    }
+
+    /// To three places: a microsecond.
+    fn milliseconds(&mut self, duration: Duration) {
+        let micros = (duration.as_nanos() + 500) / 1000;
+        self.number(u64::try_from(micros / 1000).unwrap_or(u64::MAX));
+        // With a one before them that becomes the point, so that leading zeros stay.
+        let point = self.0.len();
+        self.number(1000 + u64::try_from(micros % 1000).unwrap_or_default());
+        self.0[point] = b'.';
+    }
+
+    fn value(self) -> HeaderValue {
+        HeaderValue::from_bytes(&self.0).expect("numbers and our own words are visible ASCII")
     }
 }
 
@@ -424,4 +460,40 @@ pub(super) fn admin(
         fields.insert(ALLOW, HeaderValue::from_static(methods));
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn milliseconds(nanos: u64) -> HeaderValue {
+        let mut line = Line::new();
+        line.milliseconds(Duration::from_nanos(nanos));
+        line.value()
+    }
+
+    #[test]
+    fn milliseconds_have_three_places() {
+        for (nanos, written) in [
+            (1, "0.000"),
+            (499, "0.000"),
+            (500, "0.001"),
+            (9_700, "0.010"),
+            (999_499, "0.999"),
+            (999_500, "1.000"),
+            (30_100_000, "30.100"),
+            (3_600_000_000_000, "3600000.000"),
+        ] {
+            assert_eq!(milliseconds(nanos), written, "{nanos} ns");
+        }
+    }
+
+    #[test]
+    fn a_range_at_the_end_of_64_bits_is_written_out() {
+        let last = ByteRange::from_bounds(u64::MAX - 1, u64::MAX).unwrap();
+        assert_eq!(
+            content_range(last, u64::MAX),
+            "bytes 18446744073709551614-18446744073709551614/18446744073709551615"
+        );
+    }
 }

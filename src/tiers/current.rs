@@ -47,7 +47,7 @@ pub(super) enum Label {
 
 impl Label {
     /// Whether it would turn down a request that names revisions or a date to be unmodified since.
-    fn refuses(&self, head: &RequestHead) -> bool {
+    fn refuses(&self, head: &RequestHead<'_>) -> bool {
         match self {
             Self::Present(representation) => matches!(
                 evaluate(head, &representation.metadata()),
@@ -90,7 +90,12 @@ impl KeyState {
 
     /// A label that would refuse the request counts only if it was asked for on its account: a client that
     /// names a revision uploaded a moment ago is not told that it is lost (P4).
-    fn usable(&self, head: &RequestHead, asked_after: Instant, arrived: Instant) -> Option<Label> {
+    fn usable(
+        &self,
+        head: &RequestHead<'_>,
+        asked_after: Instant,
+        arrived: Instant,
+    ) -> Option<Label> {
         self.fresh(asked_after)
             .filter(|label| !label.refuses(head))
             .or_else(|| self.fresh(arrived))
@@ -375,7 +380,7 @@ impl Tiers {
         }))
     }
 
-    fn label_want(&self, head: &RequestHead) -> RangeSpec {
+    fn label_want(&self, head: &RequestHead<'_>) -> RangeSpec {
         match self.first_want(head) {
             FirstWant::Span(span) => RangeSpec::Closed {
                 first: span.start,

@@ -271,6 +271,7 @@ impl World {
             key: ask.key,
             head: &head,
             no_cache: ask.no_cache,
+            started: std::time::Instant::now(),
         };
         let opened = match replica.tiers.open(&get).await {
             Ok(opened) => opened,

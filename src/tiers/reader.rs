@@ -24,7 +24,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 
 use super::{Forwarded, OpenError, TierSettings, Trace};
-use crate::disk::{HeldRevision, Step};
+use crate::disk::{FileExtent, HeldRevision, Step};
 use crate::fill::{FillError, FillSource, Filler, Follow, Span};
 use crate::origin::{ALWAYS, Download};
 use crate::payload::{BodyError, ChunkSource, Payload, Rescue, Way};
@@ -53,6 +53,8 @@ struct Means {
 struct Inner {
     means: Arc<Means>,
     held: Option<Arc<HeldRevision>>,
+    /// The whole response, until its first chunk is asked for.
+    first: Option<FileExtent>,
     /// Fills under way at or beyond the position, by position.
     follows: Vec<Follow>,
     /// Everything was on disk when the response began.
@@ -81,6 +83,28 @@ impl Reader {
         };
         Self {
             state: State::Idle(Inner::new(Arc::new(means), held, false)),
+        }
+    }
+
+    /// For a response of one range that the disk holds, in one open file: nothing has to be prepared.
+    pub(super) fn whole(
+        filler: Arc<Filler>,
+        settings: TierSettings,
+        source: FillSource,
+        held: Option<Arc<HeldRevision>>,
+        extent: FileExtent,
+    ) -> Self {
+        let means = Means {
+            filler,
+            settings,
+            source,
+        };
+        Self {
+            state: State::Idle(Inner {
+                complete: true,
+                first: Some(extent),
+                ..Inner::new(Arc::new(means), held, false)
+            }),
         }
     }
 
@@ -174,6 +198,7 @@ impl Inner {
         Self {
             means,
             held,
+            first: None,
             follows: Vec::new(),
             complete: false,
             direct: None,
@@ -183,6 +208,9 @@ impl Inner {
 
     /// The next chunk if it is on disk and nothing has to be awaited.
     fn at_hand(&mut self, range: ByteRange) -> Option<Payload> {
+        if let Some(extent) = self.first.take() {
+            return Some(Payload::File(extent));
+        }
         let Step::Present(extent) = self.held.as_ref()?.step(range) else {
             return None;
         };

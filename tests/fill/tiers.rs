@@ -101,6 +101,7 @@ impl Replica {
             key: "key",
             head: &head,
             no_cache: false,
+            started: std::time::Instant::now(),
         };
         soon(self.tiers.open(&get)).await
     }
@@ -272,7 +273,12 @@ async fn a_disk_that_fails_midway_fails_no_response() {
     let mut opened = replica.open(Some(&pin)).await.unwrap();
     soon(second.reached()).await;
     let segments = replica.dir.path().join("cache").join("segments");
-    std::fs::rename(&segments, segments.with_extension("gone")).unwrap();
+    // Not the whole directory: the tier would notice, and begin with another one.
+    for shard in 0..=255 {
+        let shard = segments.join(format!("{shard:02x}"));
+        std::fs::rename(&shard, shard.with_extension("gone")).unwrap();
+        std::fs::write(&shard, "no directory").unwrap();
+    }
     second.open();
     first.open();
     let sent = rest(&mut opened, 0).await;

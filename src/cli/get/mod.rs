@@ -37,7 +37,6 @@ use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use parking_lot::Mutex;
 use percent_encoding::{AsciiSet, percent_decode_str, percent_encode};
-use tokio::io::AsyncWrite;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
@@ -45,7 +44,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use self::client::{Client, Cut, Frames, Opening, Patience, Pin, Sink, Stop, Whole};
 pub use self::error::GetError;
-use self::part::{Part, PartSink};
+use self::part::{Part, PartSink, blocking};
 use self::progress::Console;
 use self::verify::Expected;
 use crate::semantics::ByteRange;
@@ -173,9 +172,9 @@ pub async fn run(args: GetArgs) -> ExitCode {
     } else {
         Box::new(io::stderr())
     };
-    // As a file of its own, which is written on a blocking thread and without line buffering.
+    // As a file of its own, which is written without line buffering.
     let stdout = match io::stdout().as_fd().try_clone_to_owned() {
-        Ok(stdout) => tokio::fs::File::from_std(stdout.into()),
+        Ok(stdout) => Box::new(fs::File::from(stdout)),
         Err(error) => {
             let _gone = writeln!(
                 io::stderr(),
@@ -196,20 +195,17 @@ pub async fn run(args: GetArgs) -> ExitCode {
     }
 }
 
-/// Downloads `args.url` to where `args` say. `stdout` gets the bytes for `-o -`, `events` gets the messages: JSON
-/// lines with `--json`, otherwise the human's.
+/// Downloads `args.url` to where `args` say. `stdout` gets the bytes for `-o -`, on a blocking thread; `events` gets the
+/// messages: JSON lines with `--json`, otherwise the human's.
 ///
 /// Cancelling `cancel` ends it with [`GetError::Interrupted`] after what has arrived was saved. Dropping the future
 /// ends it at once; the next run resumes from what was last saved.
-pub async fn download<W>(
+pub async fn download(
     args: &GetArgs,
-    stdout: W,
+    stdout: Box<dyn Write + Send>,
     events: Box<dyn Write + Send>,
     cancel: &CancellationToken,
-) -> Result<Summary, GetError>
-where
-    W: AsyncWrite + Send + Unpin,
-{
+) -> Result<Summary, GetError> {
     let console = Arc::new(Console::new(args.json, events));
     let result = match Download::prepare(args, &console, cancel) {
         Ok((download, target)) => download.run(target, stdout).await,
@@ -274,22 +270,24 @@ impl<'a> Download<'a> {
         Ok((download, target))
     }
 
-    async fn run<W>(&self, target: Target, mut stdout: W) -> Result<Summary, GetError>
-    where
-        W: AsyncWrite + Send + Unpin,
-    {
+    async fn run(
+        &self,
+        target: Target,
+        stdout: Box<dyn Write + Send>,
+    ) -> Result<Summary, GetError> {
         match target {
             Target::Stdout => {
                 let output = PathBuf::from("standard output");
-                self.to_stream(&mut stdout, &output).await
+                self.to_stream(stdout, &output).await
             }
             Target::Special(path) => {
-                let open = tokio::fs::File::options().write(true).open(&path).await;
-                let mut file = open.map_err(|error| GetError::Create {
+                let opened = path.clone();
+                let open = blocking(move || fs::File::options().write(true).open(opened)).await;
+                let file = open.map_err(|error| GetError::Create {
                     path: path.clone(),
                     why: error.to_string(),
                 })?;
-                self.to_stream(&mut file, &path).await
+                self.to_stream(Box::new(file), &path).await
             }
             Target::File(path) => self.to_file(path).await,
         }

@@ -1,10 +1,11 @@
 //! The file while it is not complete: `FILE.pinrange-part` for the bytes, `FILE.pinrange-state` for which of them count.
 //!
-//! The part file has the object's full length from the start (sparse), and every byte is written to its place. Which
-//! stretches have been written is kept in memory as [`Extents`] and, about once a second, in the state file,
-//! in an order that a crash cannot turn around: data, `fdatasync`, new state beside the old one, rename. So a
-//! state never vouches for bytes that are not on the disk. The other way round, before the part file is emptied for
-//! another revision, the state that vouched for the old bytes is durably gone.
+//! The part file has the object's full length from the start, and the room for it where the file system can promise
+//! that: a disk that is too small says so before the download, and a place that is there already is filled for less.
+//! Every byte is written to its place. Which stretches have been written is kept in memory as [`Extents`] and, about
+//! once a second, in the state file, in an order that a crash cannot turn around: data, `fdatasync`, new state beside
+//! the old one, rename. So a state never vouches for bytes that are not on the disk. The other way round, before the
+//! part file is emptied for another revision, the state that vouched for the old bytes is durably gone.
 //!
 //! Whoever works on the part file holds an exclusive lock on it (`flock`). The lock is the open
 //! file description's, so a commit that still runs on another thread keeps others out until it ends.
@@ -18,6 +19,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::Uri;
 use parking_lot::Mutex;
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
@@ -233,7 +236,7 @@ impl Part {
         let empty = || {
             self.forget_state()?;
             self.file.set_len(0)?;
-            self.file.set_len(pin.map_or(0, |pin| pin.size))
+            pin.map_or(Ok(()), |pin| allocate(&self.file, pin.size))
         };
         empty().map_err(|error| self.cannot_write(error))?;
         self.held.lock().pin = pin.cloned();
@@ -300,7 +303,7 @@ impl Part {
             let written = match rustix::io::pwritev(&*self.file, left, end) {
                 Ok(0) => return Err(self.cannot_write(io::ErrorKind::WriteZero.into())),
                 Ok(written) => written,
-                Err(rustix::io::Errno::INTR) => continue,
+                Err(Errno::INTR) => continue,
                 Err(error) => return Err(self.cannot_write(error.into())),
             };
             end += written as u64;
@@ -395,6 +398,17 @@ impl Part {
     }
 }
 
+/// Gives an empty file its length, and where it can be had the room for it.
+fn allocate(file: &File, size: u64) -> io::Result<()> {
+    let promised =
+        rustix::io::retry_on_intr(|| rustix::fs::fallocate(file, FallocateFlags::empty(), 0, size));
+    match promised {
+        // Like NFS before 4.2, ZFS and much of what is in user space.
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => file.set_len(size),
+        promised => Ok(promised?),
+    }
+}
+
 /// Whether it was there.
 fn remove(path: &Path) -> io::Result<bool> {
     match fs::remove_file(path) {
@@ -404,7 +418,7 @@ fn remove(path: &Path) -> io::Result<bool> {
     }
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let done = tokio::task::spawn_blocking(work).await;
     done.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
 }
@@ -548,6 +562,29 @@ mod tests {
             None,
             "another length"
         );
+    }
+
+    #[test]
+    fn the_room_is_taken_before_the_download() {
+        let directory = tempfile::tempdir().unwrap();
+        let part = part(directory.path()).unwrap();
+        let size = 1 << 20;
+        let pin = Pin { size, ..pin() };
+        part.reset(Some(&pin)).unwrap();
+        let room = |file: &File| file.metadata().unwrap().blocks() * 512;
+        // As far as this file system goes.
+        let other = File::create(directory.path().join("other")).unwrap();
+        let promised = rustix::fs::fallocate(&other, FallocateFlags::empty(), 0, size);
+        assert_eq!(room(&part.file), room(&other));
+        assert_eq!(promised.is_ok(), room(&part.file) >= size);
+        assert_eq!(part.file.metadata().unwrap().len(), size);
+
+        let endless = Pin {
+            size: u64::MAX >> 2,
+            ..pin
+        };
+        assert!(part.reset(Some(&endless)).is_err());
+        assert!(part.is_worthless());
     }
 
     #[test]

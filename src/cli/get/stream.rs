@@ -6,17 +6,18 @@
 //! after that ends the download; before that it starts over as usual.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, IoSlice, Write};
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tokio::io::{AsyncWrite, AsyncWriteExt};
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::client::{Cut, Frames, Opening, Patience, Pin, Sink, Stop, Whole};
 use super::error::GetError;
+use super::part::blocking;
 use super::verify::{Expected, Hasher};
 use super::{Download, Summary};
 use crate::semantics::ByteRange;
@@ -36,24 +37,65 @@ impl Sink for ChannelSink {
     }
 }
 
+/// How many frames are written at once: enough for the hop to another thread to cost little where frames are small, few
+/// enough for large ones to be freed soon.
+const BATCH_FRAMES: usize = 16;
+
 /// The reader's side: what has left, and its checksum.
-struct Output<'a, W> {
-    writer: &'a mut W,
+struct Output<'a> {
+    stream: Arc<Mutex<Stream>>,
     name: &'a Path,
+    /// What a reader may have seen.
     written: u64,
+}
+
+struct Stream {
+    writer: Box<dyn Write + Send>,
     hasher: Option<Hasher>,
 }
 
-impl<W: AsyncWrite + Unpin> Output<'_, W> {
-    async fn write(&mut self, bytes: &[u8]) -> Result<(), GetError> {
+impl Stream {
+    /// Uncopied, in as few system calls as they take.
+    fn write(&mut self, frames: &[Bytes]) -> io::Result<()> {
         if let Some(hasher) = &mut self.hasher {
-            hasher.update(bytes);
+            for frame in &frames {
+                hasher.update(frame);
+            }
         }
-        self.written += bytes.len() as u64;
-        self.writer
-            .write_all(bytes)
-            .await
-            .map_err(|error| self.failed(error))
+        let mut slices: Vec<IoSlice<'_>> = frames.iter().map(|frame| IoSlice::new(frame)).collect();
+        let mut left = slices.as_mut_slice();
+        IoSlice::advance_slices(&mut left, 0);
+        while !left.is_empty() {
+            match self.writer.write_vectored(left) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => IoSlice::advance_slices(&mut left, written),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Output<'_> {
+    /// On a blocking thread, for as long as the reader takes. Dropping the future abandons the thread, whose bytes
+    /// may still leave.
+    async fn write(&mut self, frames: Vec<Bytes>) -> Result<(), GetError> {
+        self.written += frames.iter().map(|frame| frame.len() as u64).sum::<u64>();
+        let stream = Arc::clone(&self.stream);
+        let written = blocking(move || stream.lock().write(&frames)).await;
+        written.map_err(|error| self.failed(error))
+    }
+
+    async fn flush(&self) -> Result<(), GetError> {
+        let stream = Arc::clone(&self.stream);
+        let flushed = blocking(move || stream.lock().writer.flush()).await;
+        flushed.map_err(|error| self.failed(error))
+    }
+
+    /// From here on the bytes are those of a revision with this checksum.
+    fn expect(&self, expected: Option<Expected>) {
+        self.stream.lock().hasher = expected.map(|expected| expected.hasher());
     }
 
     fn failed(&self, source: io::Error) -> GetError {
@@ -68,19 +110,19 @@ impl<W: AsyncWrite + Unpin> Output<'_, W> {
 
 impl Download<'_> {
     /// Streams one revision to `writer`, which messages call `name`.
-    pub(super) async fn to_stream<W>(
+    pub(super) async fn to_stream(
         &self,
-        writer: &mut W,
+        writer: Box<dyn Write + Send>,
         name: &Path,
-    ) -> Result<Summary, GetError>
-    where
-        W: AsyncWrite + Send + Unpin,
-    {
-        let mut output = Output {
+    ) -> Result<Summary, GetError> {
+        let stream = Stream {
             writer,
+            hasher: None,
+        };
+        let mut output = Output {
+            stream: Arc::new(Mutex::new(stream)),
             name,
             written: 0,
-            hasher: None,
         };
         let mut restarts = 0;
         loop {
@@ -112,10 +154,7 @@ impl Download<'_> {
         }
     }
 
-    async fn one_stream<W>(&self, output: &mut Output<'_, W>) -> Result<Summary, Stop>
-    where
-        W: AsyncWrite + Send + Unpin,
-    {
+    async fn one_stream(&self, output: &mut Output<'_>) -> Result<Summary, Stop> {
         match self.client.open(self.first_chunk(), None).await? {
             Opening::Pinned {
                 pin,
@@ -130,18 +169,15 @@ impl Download<'_> {
         }
     }
 
-    async fn pinned_stream<W>(
+    async fn pinned_stream(
         &self,
-        output: &mut Output<'_, W>,
+        output: &mut Output<'_>,
         pin: Pin,
         first: (ByteRange, Frames),
         expected: Option<Expected>,
-    ) -> Result<Summary, Stop>
-    where
-        W: AsyncWrite + Send + Unpin,
-    {
+    ) -> Result<Summary, Stop> {
         self.console.begin(Some(pin.size), 0);
-        output.hasher = expected.map(|expected| expected.hasher());
+        output.expect(expected);
         let mut rest = super::part::pieces(first.0.end(), pin.size, self.args.chunk_size);
         let mut window = VecDeque::from([self.chunk(&pin, first.0, Some(first.1))]);
         loop {
@@ -153,8 +189,12 @@ impl Download<'_> {
             let Some((mut frames, task)) = window.pop_front() else {
                 break;
             };
-            while let Some(bytes) = frames.recv().await {
-                output.write(&bytes).await?;
+            loop {
+                let mut batch = Vec::with_capacity(BATCH_FRAMES);
+                if frames.recv_many(&mut batch, BATCH_FRAMES).await == 0 {
+                    break;
+                }
+                output.write(batch).await?;
             }
             task.await
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
@@ -188,24 +228,17 @@ impl Download<'_> {
         (receiver, AbortOnDropHandle::new(task))
     }
 
-    async fn whole_stream<W>(
-        &self,
-        output: &mut Output<'_, W>,
-        whole: Whole,
-    ) -> Result<Summary, Stop>
-    where
-        W: AsyncWrite + Send + Unpin,
-    {
+    async fn whole_stream(&self, output: &mut Output<'_>, whole: Whole) -> Result<Summary, Stop> {
         let mut patience = Patience::default();
         let mut whole = whole;
         loop {
             self.console.begin(whole.length, 0);
-            output.hasher = whole.expected.take().map(|expected| expected.hasher());
+            output.expect(whole.expected.take());
             let what = loop {
                 match whole.body.next().await {
                     Ok(Some(bytes)) => {
                         self.console.advance(bytes.len() as u64);
-                        output.write(&bytes).await?;
+                        output.write(vec![bytes]).await?;
                     }
                     Ok(None) => {
                         let verified = self.end_stream(output).await?;
@@ -228,19 +261,10 @@ impl Download<'_> {
         }
     }
 
-    async fn end_stream<W>(
-        &self,
-        output: &mut Output<'_, W>,
-    ) -> Result<Option<&'static str>, GetError>
-    where
-        W: AsyncWrite + Send + Unpin,
-    {
-        output
-            .writer
-            .flush()
-            .await
-            .map_err(|error| output.failed(error))?;
-        let verdict = output.hasher.take().map(Hasher::finish).transpose();
+    async fn end_stream(&self, output: &mut Output<'_>) -> Result<Option<&'static str>, GetError> {
+        output.flush().await?;
+        let hasher = output.stream.lock().hasher.take();
+        let verdict = hasher.map(Hasher::finish).transpose();
         verdict.map_err(|what| {
             GetError::Data(format!(
                 "{}: {what}; do not use the bytes that were written",

@@ -72,9 +72,23 @@ async fn a_reclaimed_tier_has_what_both_have_written() {
     ));
     put(&other, "second", 2 * SEGMENT).await;
     other.purge(PurgeTarget::Key(key("gone"))).await.unwrap();
+    put(&other, "third", SEGMENT).await;
+    other.flush().await.unwrap();
+    // By a request that is still at it when the tier is back.
+    let looked_up = tier.load(&revision("third", "a")).await.unwrap();
     other.close().await.unwrap();
+    let leftover = dir
+        .path()
+        .join("segments/ab/ab00000000000000000000000000000f.seg");
+    fs::write(&leftover, "lost").unwrap();
 
     tier.reclaim().await.unwrap();
+    wait_for_sweep(&tier);
+    assert!(!leftover.exists(), "what the other one left over is swept");
+    assert_eq!(tier.stats().used_bytes, 4 * SEGMENT);
+    tier.purge(PurgeTarget::Key(key("third"))).await.unwrap();
+    assert_eq!(read(&looked_up, range(0, SEGMENT)).await, None);
+    assert_eq!(tier.stats().quarantines, 0, "that file is no loss");
     assert_eq!(tier.stats().used_bytes, 3 * SEGMENT);
     for (name, size) in [("first", SEGMENT), ("second", 2 * SEGMENT)] {
         let held = tier.load(&revision(name, "a")).await.unwrap();
