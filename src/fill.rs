@@ -223,6 +223,11 @@ impl Follow {
         !matches!(*self.phase.borrow(), Phase::Asked)
     }
 
+    /// Whether nothing more comes of it.
+    pub fn is_over(&self) -> bool {
+        matches!(*self.phase.borrow(), Phase::Done(_) | Phase::Failed(_))
+    }
+
     /// Waits for the remote's guarded answer, which a flight that is done has had as well. Cancel safe.
     pub async fn answered(&mut self) -> Result<Answered, FillError> {
         let phase = self

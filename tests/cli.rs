@@ -58,7 +58,7 @@ fn check_prints_a_file_that_checks_the_same_and_touches_nothing() {
         stdout(&first)
     );
     assert!(
-        stdout(&first).contains("part_size = \"16MiB\"\n"),
+        stdout(&first).contains("part_size = \"8MiB\"\n"),
         "{}",
         stdout(&first)
     );

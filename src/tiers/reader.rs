@@ -330,25 +330,34 @@ impl Inner {
     }
 
     /// Keeps up to `fan_out` fills going from the start of `range` on, as far as it reaches.
+    ///
+    /// Fills that are over do not count: the parts of a window that were begun at once end at once, and the remote would
+    /// idle while the client catches up. So they are what is bounded, at as much again.
     fn read_ahead(&mut self, range: ByteRange) {
         self.follows
             .retain(|follow| follow.span().end > range.start());
+        if self.direct.is_some() {
+            return;
+        }
         let reached = self
             .follows
             .last()
             .map_or_else(|| range.start(), |follow| follow.span().end);
-        let window = self
-            .means
-            .settings
-            .part_size
-            .saturating_mul(self.means.settings.fan_out as u64);
-        let end = range.end().min(range.start().saturating_add(window));
-        let room = self
-            .means
-            .settings
-            .fan_out
-            .saturating_sub(self.follows.len());
-        if room == 0 || reached >= end || self.direct.is_some() {
+        let TierSettings {
+            fan_out, part_size, ..
+        } = self.means.settings;
+        let ahead = part_size.saturating_mul(2 * fan_out as u64);
+        let end = range.end().min(range.start().saturating_add(ahead));
+        if reached >= end {
+            return;
+        }
+        let under_way = self
+            .follows
+            .iter()
+            .filter(|follow| !follow.is_over())
+            .count();
+        let room = fan_out.saturating_sub(under_way);
+        if room == 0 {
             return;
         }
         let want = Span {

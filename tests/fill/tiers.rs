@@ -295,3 +295,37 @@ async fn a_disk_that_fails_midway_fails_no_response() {
         "the disk took no more"
     );
 }
+
+#[tokio::test]
+async fn parts_that_are_there_do_not_keep_the_next_from_being_read() {
+    let replica = Replica::new(Duration::from_secs(2));
+    let object = bytes(11, 9 * PART);
+    let pin = replica.put(&object);
+    let gate = Gate::new();
+    let stall = Effect::Stall {
+        at: BLOCK,
+        gate: gate.clone(),
+    };
+    replica.remote.on(Op::Read, 1, stall);
+    let mut opened = replica.open(Some(&pin)).await.unwrap();
+    // The client waits for the rest of the first part. Two reads go on at a time, up to four parts from where it is.
+    soon(async {
+        while replica.remote.count(Op::Read) < 4 {
+            assert!(object.starts_with(&chunk(&mut opened, 0).await.unwrap()));
+            settle().await;
+        }
+    })
+    .await;
+    for _ in 0..10 {
+        chunk(&mut opened, 0).await.unwrap();
+        settle().await;
+    }
+    assert_eq!(
+        replica.remote.count(Op::Read),
+        4,
+        "further than that is not read ahead"
+    );
+    gate.open();
+    assert!(rest(&mut opened, 0).await.unwrap() == object);
+    assert_eq!(replica.remote.yielded(), 9 * PART);
+}
