@@ -12,7 +12,7 @@ use pinrange::strict_s3::StrictS3;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// How long anything here is waited for before the test fails; nothing takes a tenth of it.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The program, with nothing in its environment that is this test's own or the machine's.
 pub(crate) fn pinrange() -> Command {
