@@ -165,8 +165,8 @@ fn sizes_that_do_not_fit_each_other_are_refused_in_their_place() {
         ),
         (
             "[cache]\ncapacity = \"10MiB\"\n",
-            "pinrange.toml:5:12: cache.capacity: capacity (10MiB) does not hold 4 parts of 16MiB; raise \
-             capacity to 64MiB or lower part_size",
+            "pinrange.toml:5:12: cache.capacity: capacity (10MiB) does not hold 4 parts of 8MiB; raise \
+             capacity to 32MiB or lower part_size",
         ),
         (
             "[cache]\npart_size = \"512MiB\"\n",

@@ -309,8 +309,13 @@ async fn parts_that_are_there_do_not_keep_the_next_from_being_read() {
     replica.remote.on(Op::Read, 1, stall);
     let mut opened = replica.open(Some(&pin)).await.unwrap();
     // The client waits for the rest of the first part. Two reads go on at a time, up to four parts from where it is.
+    let revision = Revision {
+        key: replica.mount.key("key"),
+        validator: opened.representation.validator.clone(),
+    };
+    let held = replica.filler.arrived(&revision).unwrap();
     soon(async {
-        while replica.remote.count(Op::Read) < 4 {
+        while held.first_missing(range(PART, 4 * PART)).is_some() {
             assert!(object.starts_with(&chunk(&mut opened, 0).await.unwrap()));
             settle().await;
         }
