@@ -5,6 +5,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a panic is how a test reports")]
 
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
@@ -555,10 +556,14 @@ async fn ranges_of_all_short_lengths_are_byte_exact_however_the_socket_cuts_them
         .collect();
     let tcp = server.connect_narrow().await.tcp;
     let (read, mut write) = tcp.into_split();
-    let requests: String = ranges
-        .iter()
-        .map(|range| format!("GET /whole/{range} HTTP/1.1\r\nHost: test\r\n\r\n"))
-        .collect();
+    let mut requests = String::new();
+    for range in &ranges {
+        write!(
+            requests,
+            "GET /whole/{range} HTTP/1.1\r\nHost: test\r\n\r\n"
+        )
+        .unwrap();
+    }
     // Beside the reading: the server takes no more requests than it can answer.
     let asking = tokio::spawn(async move {
         write.write_all(requests.as_bytes()).await.unwrap();

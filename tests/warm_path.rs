@@ -63,7 +63,18 @@ async fn a_warm_pinned_range_is_one_write_and_sendfile_and_a_short_one_a_read_an
     assert_eq!(http::get(cold.data, "/m/object", "").body, object);
     assert_eq!(cold.stop().code(), Some(0));
 
-    let warm = process::replica(&s3, dir.path());
+    // Nothing is looked at in the background while strace looks.
+    let mut command = process::serve(&s3.endpoint(), dir.path());
+    command
+        .env("PINRANGE_CACHE__SCRUB_RATE", "0")
+        .env("PINRANGE_MOUNT__0__VERIFY", "false");
+    let warm = process::Serving::start(&mut command);
+    let swept = b"\npinrange_disk_sweeping 0\n";
+    while !http::get(warm.admin, "/metrics", "")
+        .body
+        .windows(swept.len())
+        .any(|line| line == swept)
+    {}
     s3.clear_log();
     let pin = format!("If-Match: {etag}\r\nRange: bytes=0-0\r\n");
     assert_eq!(http::get(warm.data, "/m/object", &pin).status, 206);
@@ -142,7 +153,7 @@ fn look_at(calls: &[Call], client: &str, cache: &str, length: usize, way: Way) {
         .filter(to_socket)
         .collect();
     assert_eq!(heads.len(), 1, "one write, of the head at least: {heads:?}");
-    let written = heads[0].bytes().unwrap();
+    let written = heads[0].bytes().expect("it worked");
     if way == Way::Copied {
         assert_eq!(sent, 0, "{length} bytes need no sendfile");
         let head = written

@@ -25,7 +25,7 @@
 //! non-zero suffix select all zero bytes of it, but a 206 has no way to say "no bytes"; S3 answers
 //! 416, and so do we.
 //!
-//! Guarded by: `ranges_agree_with_a_set_of_positions`, `syntax_agrees_with_a_naive_parser`,
+//! Guarded by: `ranges_agree_with_a_set_of_positions`, `syntax_agrees_with_a_naive_parser`, `syntax_agrees_with_http_range_header`,
 //! `parse_of_format_is_identity`, `parser_never_panics`, `at_most_64_parts`, `at_most_max_specs_are_read`,
 //! `arithmetic_holds_at_the_end_of_64_bits`.
 
@@ -279,6 +279,7 @@ impl ByteRange {
 mod tests {
     use std::collections::BTreeSet;
 
+    use http_range_header::{EndPosition, StartPosition};
     use proptest::prelude::*;
 
     use super::RangeSpec::{Closed, From, Suffix};
@@ -633,6 +634,22 @@ mod tests {
         #[test]
         fn syntax_agrees_with_a_naive_parser(field in likely_field()) {
             prop_assert_eq!(parse_range(field.as_bytes()), naive_parse(&field), "{:?}", field);
+        }
+
+        /// The parser of tower-http, wherever it accepts a field and RFC 9110 does too.
+        #[test]
+        fn syntax_agrees_with_http_range_header(field in likely_field()) {
+            if let Ok(theirs) = http_range_header::parse_range_header(&field) {
+                let theirs = theirs.ranges.iter().map(|range| match (range.start, range.end) {
+                    (StartPosition::Index(first), EndPosition::Index(last)) => {
+                        (first <= last).then_some(Closed { first, last })
+                    }
+                    (StartPosition::Index(first), EndPosition::LastByte) => Some(From(first)),
+                    (StartPosition::FromLast(length), _) => Some(Suffix(length)),
+                });
+                let theirs: Option<RangeSet> = theirs.collect();
+                prop_assert_eq!(parse_range(field.as_bytes()), theirs, "{:?}", field);
+            }
         }
 
         #[test]
