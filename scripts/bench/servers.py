@@ -183,7 +183,7 @@ class Direct(Server):
         self.etag, self.size = headers["ETag"], int(headers["Content-Length"])
 
 
-def pinrange(processes, binary, origin, cache, cores, threads=1, name="pinrange", part="16MiB", log="warn", capacity="64GiB"):
+def pinrange(processes, binary, origin, cache, cores, threads=1, name="pinrange", part="8MiB", log="warn", capacity="64GiB"):
     port, admin = stack.free_port(), stack.free_port()
     config = configured(
         "pinrange.toml",

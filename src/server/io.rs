@@ -90,8 +90,18 @@ const BURST: u64 = 4 << 20;
 
 /// Most bytes that wait in a socket's buffer without being on their way (`TCP_NOTSENT_LOWAT`); the socket takes
 /// more when half of them are. So progress shows every 128 KiB, a stalled client costs the kernel no more than
-/// this beyond its window, and what is left in the buffer lasts a 10 Gbit/s network 100 µs.
+/// this beyond its window, and what is left in the buffer lasts a 10 Gbit/s network 100 µs. See [`UNSENT_FAST`].
 const UNSENT: u32 = 256 << 10;
+
+/// As much for a client that takes bytes as fast as they come: fewer wake-ups, and the client's acknowledgements have the
+/// kernel send on without us.
+const UNSENT_FAST: u32 = 1 << 20;
+
+/// Bytes that a client takes without a [`PAUSE`] before it counts as fast.
+const FAST_AFTER: u64 = 8 << 20;
+
+/// A wait that makes a client count as slow again.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a client may take over what it still sends when its connection is to end: more than the round trip
 /// that tells it of the end.
@@ -350,16 +360,17 @@ impl Credit {
         self.wait.poll_exhausted(cx, self.left)
     }
 
-    /// The client would take something: it is not the one that is waited for.
-    fn pause(&mut self) {
-        if let Some(since) = self.wait.stop() {
-            self.left = self.left.saturating_sub(since.elapsed());
-        }
+    /// The client would take something: it is not the one that is waited for. Returns how long it was.
+    fn pause(&mut self) -> Duration {
+        let waited = self.wait.stop().map(|since| since.elapsed());
+        let waited = waited.unwrap_or_default();
+        self.left = self.left.saturating_sub(waited);
+        waited
     }
 
-    /// The client took `sent` bytes.
-    fn renew(&mut self, sent: usize, timeouts: &Timeouts) {
-        self.pause();
+    /// The client took `sent` bytes. Returns how long it was waited for.
+    fn renew(&mut self, sent: usize, timeouts: &Timeouts) -> Duration {
+        let waited = self.pause();
         if self.left < timeouts.progress {
             // More than a u64 of nanoseconds is more than any timeout.
             let worth = (sent as u64)
@@ -368,6 +379,29 @@ impl Credit {
                 .map_or(timeouts.progress, Duration::from_nanos);
             self.left = timeouts.progress.min(self.left + worth);
         }
+        waited
+    }
+}
+
+/// Whether the client takes bytes as fast as they come.
+#[derive(Debug, Default)]
+struct Appetite {
+    /// Bytes it took since the last [`PAUSE`].
+    unbroken: u64,
+    is_fast: bool,
+}
+
+impl Appetite {
+    /// The client took `sent` bytes after it was `waited` for. `Some` where that changes what may wait in its buffer.
+    fn took(&mut self, sent: usize, waited: Duration) -> Option<u32> {
+        if waited >= PAUSE {
+            self.unbroken = 0;
+        } else {
+            self.unbroken = self.unbroken.saturating_add(sent as u64);
+        }
+        let is_fast = self.unbroken >= FAST_AFTER;
+        let changed = is_fast != std::mem::replace(&mut self.is_fast, is_fast);
+        changed.then_some(if is_fast { UNSENT_FAST } else { UNSENT })
     }
 }
 
@@ -423,6 +457,7 @@ pub struct SendfileIo {
     is_idle: bool,
     read_wait: Patience,
     credit: Credit,
+    appetite: Appetite,
     /// Bytes sent since the last wait or yield.
     burst: u64,
     /// What stands in front of the next extent was written because that extent is in the page cache.
@@ -444,6 +479,7 @@ impl SendfileIo {
             is_idle: false,
             read_wait: Patience::default(),
             credit: Credit::new(&timeouts),
+            appetite: Appetite::default(),
             burst: 0,
             probed: false,
         }
@@ -481,7 +517,11 @@ impl SendfileIo {
     /// Bytes went out: the client is alive, and if it was sending a head, that was complete.
     fn wrote(&mut self, sent: usize) {
         self.burst += sent as u64;
-        self.credit.renew(sent, &self.timeouts);
+        let waited = self.credit.renew(sent, &self.timeouts);
+        if let Some(unsent) = self.appetite.took(sent, waited) {
+            // Without it the connection is slower, or its progress shows later: no reason to end it.
+            let _ = socket2::SockRef::from(&self.tcp).set_tcp_notsent_lowat(unsent);
+        }
         self.read_wait.stop();
         self.expecting = Expecting::Next;
         self.busy();
@@ -868,6 +908,20 @@ mod tests {
         );
         assert_eq!(after(&mut credit, 59, 10 << 20), 60, "never further ahead");
         assert_eq!(after(&mut credit, 61, 0), 0);
+    }
+
+    #[test]
+    fn who_takes_bytes_as_they_come_is_given_more_at_once_until_it_pauses() {
+        let mut appetite = Appetite::default();
+        let short = PAUSE / 2;
+        for _ in 0..7 {
+            assert_eq!(appetite.took(1 << 20, short), None);
+        }
+        assert_eq!(appetite.took(1 << 20, short), Some(UNSENT_FAST));
+        assert_eq!(appetite.took(1 << 20, short), None);
+        assert_eq!(appetite.took(1 << 20, PAUSE), Some(UNSENT));
+        assert_eq!(appetite.took(7 << 20, short), None, "from the beginning");
+        assert_eq!(appetite.took(1 << 20, PAUSE), None);
     }
 
     #[test]
