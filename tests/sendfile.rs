@@ -1120,8 +1120,14 @@ async fn draining_closes_idle_connections_and_finishes_running_bodies() {
 
     server.ending.close_idle();
     idle.closed().await;
-    let refused = TcpStream::connect(server.addr).await.unwrap_err();
-    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    // The listener goes at the same time.
+    let refused = async {
+        while !TcpStream::connect(server.addr)
+            .await
+            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+        {}
+    };
+    within(refused).await;
 
     server.gate.send(true).unwrap();
     assert_same(&running.body(&head).await, &server.body("0-5000000"));
