@@ -78,7 +78,7 @@ class Run:
 def download(options, directory):
     """Rows of client, to (disk, memory: tmpfs, pipe), seconds, cpu_seconds, peak_rss_mib. The client names are unique."""
     size = options.object * MIB
-    objects = make(directory, size)
+    objects = servers.make_object(directory, size)
     with stack.Processes(directory) as processes:
         origin = servers.Origin(processes, options.origin, objects, options.server_cores)
         server = servers.pinrange(processes, options.pinrange, origin, directory / "downloaded", options.server_cores)
@@ -181,19 +181,6 @@ def row(client, to, runs):
     }
     print(found, flush=True)
     return found
-
-
-def make(directory, size):
-    """The object, if nobody has made it: no two of its MiB are alike."""
-    objects = directory / "objects"
-    objects.mkdir(mode=0o755, exist_ok=True)
-    target = objects / servers.OBJECT
-    if not target.exists():
-        piece = os.urandom(MIB)
-        with open(target, "wb") as file:
-            for number in range(size // MIB):
-                file.write(number.to_bytes(8, "little") + piece[8:])
-    return objects
 
 
 def same(one, other):
