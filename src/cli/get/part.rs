@@ -1,7 +1,7 @@
 //! The file while it is not complete: `FILE.pinrange-part` for the bytes, `FILE.pinrange-state` for which of them count.
 //!
 //! The part file has the object's full length from the start, and the room for it where the file system can promise
-//! that: a disk that is too small says so before the download, and a place that is there already is filled for less.
+//! that: a disk that is too small says so before the download.
 //! Every byte is written to its place. Which stretches have been written is kept in memory as [`Extents`] and, about
 //! once a second, in the state file, in an order that a crash cannot turn around: data, `fdatasync`, new state beside
 //! the old one, rename. So a state never vouches for bytes that are not on the disk. The other way round, before the
