@@ -26,6 +26,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::causes::one_line;
 use crate::disk::{Computed, DiskError, DiskTier, Whole};
 use crate::fill::Filler;
 use crate::mount::{Mount, Mounts};
@@ -138,7 +139,7 @@ impl Desk {
                     Ok(None) => {}
                     Err(error) => {
                         tracing::warn!(
-                            error = &error as &dyn std::error::Error, key = ?revision.key,
+                            error = one_line(&error), key = ?revision.key,
                             "could not compare an object with its checksum; the scrubber comes back to it"
                         );
                         self.metrics.audited(Outcome::Failed.label());
@@ -250,7 +251,7 @@ impl Desk {
                 Ok(checksums) => return Ok(checksums),
                 Err(error) => error,
             };
-            tracing::debug!(error = &error as &dyn std::error::Error, key = ?revision.key, "asked for checksums");
+            tracing::debug!(error = one_line(&error), key = ?revision.key, "asked for checksums");
             let pause = pauses.next().filter(|_| error.kind.is_retryable());
             match pause {
                 Some(pause) => tokio::time::sleep(pause.max(asked_for(&error))).await,

@@ -51,6 +51,7 @@ use tracing::Instrument;
 pub use flights::Span;
 use flights::{Flights, Gaps, InFlight, unless_called_off};
 
+use crate::causes::one_line;
 use crate::disk::{
     BlockWriter, DiskError, DiskTier, FileExtent, HeldRevision, Lookup, PurgeTarget, Reservation,
     WriterView,
@@ -552,7 +553,7 @@ impl Task {
         };
         if let Err(error) = &end {
             // The followers log what becomes of their requests; this is the fill's own story.
-            tracing::debug!(error = error as &dyn std::error::Error, "fill ended early");
+            tracing::debug!(error = one_line(error), "fill ended early");
         }
         self.filler.finish(&self.source.revision, &self.flight, end);
     }

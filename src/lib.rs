@@ -30,10 +30,11 @@
 //!  mount · payload · telemetry · strict_s3
 //!  disk · remote
 //!  object     keys, validators, revisions
-//!  semantics  RFC 9110, pure (and chance)
+//!  semantics  RFC 9110, pure (and chance, causes)
 //! ```
 
 pub mod audit;
+mod causes;
 mod chance;
 pub mod cli;
 pub mod config;

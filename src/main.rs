@@ -38,9 +38,10 @@ fn run(
     threads: Option<NonZeroUsize>,
     command: impl Future<Output = ExitCode>,
 ) -> ExitCode {
-    if let Err(error) = telemetry::init(format, filter) {
-        return refuse(&error, cli::EX_CONFIG);
-    }
+    let _log = match telemetry::init(format, filter) {
+        Ok(log) => log,
+        Err(error) => return refuse(&error, cli::EX_CONFIG),
+    };
     let runtime = match cli::runtime(threads) {
         Ok(runtime) => runtime,
         Err(error) => return refuse(&format!("cannot start threads: {error}"), cli::EX_OSERR),

@@ -35,6 +35,7 @@ use futures::future::{Either, select};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use crate::causes::one_line;
 use crate::chance;
 use crate::object::{Representation, Validator};
 use crate::remote::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead};
@@ -380,11 +381,7 @@ impl Patience {
             return Err(error);
         }
         self.left -= 1;
-        tracing::debug!(
-            error = &error as &dyn std::error::Error,
-            left = self.left,
-            "trying again"
-        );
+        tracing::debug!(error = one_line(&error), left = self.left, "trying again");
         tokio::time::sleep(jittered(self.pause)).await;
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
         Ok(())

@@ -12,9 +12,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::hash::Hash;
-use std::io::IsTerminal;
-use std::sync::Arc;
+use std::io::{BufWriter, IsTerminal};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -29,6 +29,7 @@ use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Registry, Unit};
 use serde::Serialize;
 use tokio::time::Instant;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
 use crate::disk::DiskStats;
@@ -61,6 +62,12 @@ const REMOTE_OPS: [[&str; 1]; 4] = [["read"], ["read_current"], ["stat"], ["chec
 
 /// What comparing a whole revision with the remote's checksum can come to.
 const AUDITS: [[&str; 1]; 5] = [["match"], ["mismatch"], ["none"], ["gone"], ["failed"]];
+
+/// Lines that wait for whoever reads the log, before more are dropped and counted: a few MiB, some seconds of a busy replica.
+const WAITING_LINES: usize = 8192;
+
+/// Lines of this process's log, which there is one of, that were dropped.
+static DROPPED_LINES: OnceLock<ErrorCounter> = OnceLock::new();
 
 /// Seconds. A disk hit takes tens of microseconds, S3 30 to 200 ms, a whole snapshot minutes: a
 /// factor of about 3 a bucket from 100 µs on, which is as much as the alerts on them need.
@@ -102,13 +109,21 @@ pub enum InitError {
     Repeated,
 }
 
+/// The process's log. What was logged is written when it is dropped, as far as that can be done within a second.
+#[must_use = "the log ends with it"]
+#[derive(Debug)]
+pub struct Log(#[expect(dead_code, reason = "held to its end")] WorkerGuard);
+
 /// Sends this process's log to stderr, filtered by what [`LOG_VARIABLE`] says or, where it says nothing, by the level
 /// `default`, without what libraries say of things that we report ourselves: to the embedded S3's every missing
 /// key is an error, and see [`QUIET`].
 ///
+/// A thread of its own writes it: a pipe whose reader stalls holds up nothing but the log. Beyond [`WAITING_LINES`] lines are
+/// dropped and counted (`pinrange_log_lines_dropped_total`).
+///
 /// # Errors
 /// [`InitError`]; nothing is set up then.
-pub fn init(format: LogFormat, default: &str) -> Result<(), InitError> {
+pub fn init(format: LogFormat, default: &str) -> Result<Log, InitError> {
     let variable = std::env::var_os(LOG_VARIABLE).filter(|value| !value.is_empty());
     // What is not UTF-8 becomes a filter that cannot be read, and is refused as one.
     let value = variable.map_or_else(
@@ -119,17 +134,24 @@ pub fn init(format: LogFormat, default: &str) -> Result<(), InitError> {
         value,
         reason: error.to_string(),
     })?;
+    let (writer, guard) = NonBlockingBuilder::default()
+        .buffered_lines_limit(WAITING_LINES)
+        .thread_name("log")
+        .finish(BufWriter::new(std::io::stderr()));
+    let dropped = writer.error_counter();
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
         // They go to stderr too, by a macro that panics: a log that nobody reads any more must not fail requests.
         .log_internal_errors(false)
-        .with_writer(std::io::stderr);
+        .with_writer(writer);
     let result = match format {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     };
-    result.map_err(|_| InitError::Repeated)
+    result.map_err(|_| InitError::Repeated)?;
+    DROPPED_LINES.get_or_init(|| dropped);
+    Ok(Log(guard))
 }
 
 /// The process's metrics. Cheap to clone; clones share their values.
@@ -320,6 +342,7 @@ impl Metrics {
         let mut text = String::new();
         encode_registry(&mut text, &self.0.registry)
             .and_then(|()| encode_registry(&mut text, &self.silence_registry()))
+            .and_then(|()| encode_registry(&mut text, &log_registry()))
             .and_then(|()| match disk {
                 Some(stats) => encode_registry(&mut text, &disk_registry(stats)),
                 None => Ok(()),
@@ -341,6 +364,17 @@ impl Metrics {
         );
         registry
     }
+}
+
+fn log_registry() -> Registry {
+    let dropped = DROPPED_LINES.get().map_or(0, ErrorCounter::dropped_lines);
+    let mut registry = Registry::with_prefix("pinrange");
+    registry.register(
+        "log_lines_dropped",
+        "Lines of the log that were not written, since nobody took those before them",
+        ConstCounter::new(dropped as u64),
+    );
+    registry
 }
 
 impl fmt::Debug for Metrics {

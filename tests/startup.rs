@@ -556,3 +556,50 @@ fn the_demo_shows_what_it_promises() {
     assert!(said.contains("every byte was right"), "{said}");
     assert!(!log.contains("ERROR"), "{log}");
 }
+
+/// A log driver that hangs, a terminal that is paused: 64 KiB fit into the pipe.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_nobody_reads_holds_nothing_up() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let (log, unread) = std::io::pipe().unwrap();
+    let mut serving = Serving::start_logging_to(&mut serve(&s3.endpoint(), dir.path()), unread);
+    let mut client = BufReader::new(http::connect(serving.data));
+    let (mut asked, mut dropped) = (0, 0);
+    while dropped == 0_u64 {
+        for _ in 0..100 {
+            let request = b"GET /m/object HTTP/1.1\r\nHost: test\r\n\r\n";
+            client.get_mut().write_all(request).unwrap();
+            let answer = http::read(&mut client, false).unwrap().unwrap();
+            assert_eq!(answer.status, 200);
+        }
+        asked += 100;
+        assert!(asked <= 20_000, "the log holds more than it should");
+        let metrics = http::get(serving.admin, "/metrics", "").body;
+        let metrics = String::from_utf8(metrics).unwrap();
+        let line = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix("pinrange_log_lines_dropped_total "));
+        dropped = line.unwrap().parse().unwrap();
+    }
+    assert!(asked > 8_000, "a line was dropped while there was room");
+    serving.process.signal(Signal::TERM);
+    assert!(serving.process.wait_alone().success());
+    drop(log);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_of_json_says_what_the_remote_said() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let mut command = serve(&s3.endpoint(), dir.path());
+    let serving = Serving::start(command.env("PINRANGE_SERVER__LOG_FORMAT", "json"));
+    s3.script(Fault::new(Effect::AccessDenied).times(u64::MAX));
+    assert_eq!(http::get(serving.data, "/m/object", "").status, 502);
+    serving.process.wait_for("the remote could not answer");
+    let log = serving.process.stderr();
+    let line = log
+        .lines()
+        .find(|line| line.contains("the remote could not answer"));
+    let line: serde_json::Value = serde_json::from_str(line.unwrap()).unwrap();
+    let error = line["error"].as_str().unwrap();
+    assert!(error.contains("S3 answered 403"), "{error}");
+}

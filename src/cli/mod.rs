@@ -149,18 +149,3 @@ pub fn runtime(threads: Option<NonZeroUsize>) -> io::Result<Runtime> {
     threads.map(|threads| builder.worker_threads(threads.get()));
     builder.enable_all().event_interval(TURNS).build()
 }
-
-/// An error and its causes on one line, without saying anything twice.
-pub(crate) fn one_line(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let text = cause.to_string();
-        if !line.contains(&text) {
-            line.push_str(": ");
-            line.push_str(&text);
-        }
-        source = cause.source();
-    }
-    line
-}

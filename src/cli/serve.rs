@@ -5,7 +5,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use super::demo::own_credentials;
-use super::{EX_CANTCREAT, EX_OSERR, one_line};
+use super::{EX_CANTCREAT, EX_OSERR};
+use crate::causes::one_line;
 use crate::config::{Config, MountConfig};
 use crate::remote::s3::CredentialSource;
 use crate::server::replica::{Replica, raise_descriptor_limit, run_until_ended};

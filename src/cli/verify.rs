@@ -11,7 +11,8 @@ use clap::Args;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::{ConfigFile, EX_CANTCREAT, EX_CONFIG, EX_DATAERR, EX_NOINPUT, EX_TEMPFAIL, one_line};
+use super::{ConfigFile, EX_CANTCREAT, EX_CONFIG, EX_DATAERR, EX_NOINPUT, EX_TEMPFAIL};
+use crate::causes::one_line;
 use crate::config::{Config, Flags};
 use crate::disk::DiskError;
 use crate::disk::offline::{Findings, OfflineTier};

@@ -22,6 +22,7 @@ use tracing::{Instrument, Span, field};
 use super::body::{BodyEnd, BodyObserver, ResponseBody};
 use super::io::SendQueue;
 use super::respond::{self, Rejected};
+use crate::causes::one_line;
 use crate::mount::{Mount, Mounts};
 use crate::object::Validator;
 use crate::remote::TRACEPARENT;
@@ -402,7 +403,7 @@ impl BodyObserver for RequestEnd {
             if let Some(error) = &abort.error {
                 let _in_span = self.span.enter();
                 tracing::warn!(
-                    error = error as &dyn std::error::Error,
+                    error = one_line(error),
                     "the response was cut after its head"
                 );
             }

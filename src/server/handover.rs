@@ -48,6 +48,7 @@ use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
 
 use super::accept::Ending;
+use crate::causes::one_line;
 use crate::disk::{DiskError, DiskTier};
 use crate::fill::Filler;
 use crate::telemetry::Metrics;
@@ -368,7 +369,7 @@ impl Estate {
         self.filler.settle(SETTLE).await;
         if let Err(error) = self.disk.release().await {
             tracing::warn!(
-                error = &error as &dyn std::error::Error,
+                error = one_line(&error),
                 "the cache directory was not closed in order; the successor verifies it, and this process reads it no more"
             );
         }
@@ -406,7 +407,7 @@ impl Estate {
                 Err(DiskError::Locked { .. }) => {}
                 Err(error) => {
                     tracing::error!(
-                        error = &error as &dyn std::error::Error,
+                        error = one_line(&error),
                         "cannot take the cache directory back; trying again"
                     );
                     tokio::time::sleep(Duration::from_secs(1)).await;

@@ -39,6 +39,7 @@ use super::io::Timeouts;
 use super::page_in::PageIn;
 use super::systemd::{self, Inherited};
 use crate::audit::Auditor;
+use crate::causes::one_line;
 use crate::config::{Config, MountConfig};
 use crate::disk::{DiskError, DiskTier, Purged, ScrubReport};
 use crate::fill::{FillSettings, Filler};
@@ -612,7 +613,7 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 async fn close(disk: &DiskTier) {
     if let Err(error) = disk.close().await {
         tracing::warn!(
-            error = &error as &dyn std::error::Error,
+            error = one_line(&error),
             "the cache directory was not closed in order; the next start verifies it"
         );
     }
@@ -725,7 +726,7 @@ async fn probe(
 fn warn_unreachable(config: &MountConfig, error: &RemoteError) {
     tracing::warn!(
         mount = config.path,
-        error = error as &dyn std::error::Error,
+        error = one_line(error),
         "the mount's S3 cannot be used right now; what is held is served, the rest once it answers"
     );
 }

@@ -19,6 +19,7 @@ use smallvec::SmallVec;
 
 use super::body::{BodyObserver, Part, ResponseBody};
 use super::io::SendQueue;
+use crate::causes::one_line;
 use crate::mount::PathError;
 use crate::object::Validator;
 use crate::semantics::precondition::Method;
@@ -155,7 +156,7 @@ pub fn refused(refusal: &Refusal, pin: Option<&Validator>) -> Response<ResponseB
         ),
     };
     tracing::warn!(
-        error = &**cause as &(dyn std::error::Error + 'static),
+        error = one_line(&**cause),
         status = status.as_u16(),
         "the remote could not answer"
     );

@@ -20,6 +20,7 @@ use tokio::sync::MutexGuard;
 use tokio::time::Instant;
 
 use super::{FirstWant, Forwarded, OpenError, Refusal, Target, Tiers, Trace, renew};
+use crate::causes::one_line;
 use crate::disk::HeldRevision;
 use crate::object::{ObjectKey, Representation, Validator};
 use crate::remote::{Current, RemoteErrorKind, RemoteRead};
@@ -467,7 +468,7 @@ impl Tiers {
             trace.stale = true;
             trace.forwarded = Some(Forwarded::Stale);
             tracing::warn!(
-                error = &**error as &dyn std::error::Error,
+                error = one_line(&**error),
                 "the remote cannot be asked; answering from what is held"
             );
             return Ok(CurrentRevision {

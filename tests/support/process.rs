@@ -116,15 +116,26 @@ impl Running {
 
     /// Starts `command`; its stdout is what the caller made it.
     pub(crate) fn start(command: &mut Command) -> Self {
+        Self::start_logging_to(command, Stdio::piped())
+    }
+
+    /// Starts `command`, and collects what it says if it is to say that to a pipe of ours.
+    fn start_logging_to(command: &mut Command, stderr: impl Into<Stdio>) -> Self {
         let mut child = command
-            .stderr(Stdio::piped())
+            .stderr(stderr)
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
-        let (stderr, listener) = listen(child.stderr.take().expect("it is piped"));
+        let (stderr, listener) = match child.stderr.take() {
+            Some(stderr) => {
+                let (said, listener) = listen(stderr);
+                (said, Some(listener))
+            }
+            None => (Said::default(), None),
+        };
         Self {
             child,
             stderr,
-            listener: Some(listener),
+            listener,
         }
     }
 
@@ -204,7 +215,12 @@ pub(crate) struct Serving {
 impl Serving {
     /// Starts `command` and waits for its line.
     pub(crate) fn start(command: &mut Command) -> Self {
-        let mut process = Running::start(command.stdout(Stdio::piped()));
+        Self::start_logging_to(command, Stdio::piped())
+    }
+
+    /// The same, with its log going elsewhere than to the test.
+    pub(crate) fn start_logging_to(command: &mut Command, log: impl Into<Stdio>) -> Self {
+        let mut process = Running::start_logging_to(command.stdout(Stdio::piped()), log);
         let stdout = process.child.stdout.take().expect("it is piped");
         let (send, line) = mpsc::channel();
         std::thread::spawn(move || {

@@ -32,10 +32,11 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use parking_lot::Mutex;
 use tokio::time::timeout;
 
-use super::error::{GetError, chain};
+use super::error::GetError;
 use super::progress::Console;
 use super::url;
 use super::verify::Expected;
+use crate::causes::one_line;
 use crate::object::Validator;
 use crate::semantics::ByteRange;
 
@@ -645,11 +646,11 @@ impl Client {
         // The outermost message only says at which stage.
         let cause = error.source().unwrap_or(error);
         if is_tls_failure(error) {
-            let what = chain(cause);
+            let what = one_line(cause);
             return GetError::Unavailable(format!("{}: no TLS connection: {what}", self.name()))
                 .into();
         }
-        Trouble::passing(chain(cause))
+        Trouble::passing(one_line(cause))
     }
 
     /// Waits until another try makes sense.
@@ -792,7 +793,7 @@ impl Frames {
                     }
                     return Ok(Some(bytes));
                 }
-                Some(Err(error)) => return Err(Cut::Passing(chain(&error))),
+                Some(Err(error)) => return Err(Cut::Passing(one_line(&error))),
                 None => {
                     return match self.end {
                         Some(end) if self.at < end => Err(Cut::Passing(format!(
