@@ -922,6 +922,25 @@ mod tests {
         assert_eq!(after(&mut credit, 61, 0), 0);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn what_a_client_acknowledges_in_a_long_wait_counts_once() {
+        let mut credit = Credit::new(&TIMEOUTS);
+        let begun = Instant::now();
+        // It takes the minimum for two minutes, without the socket taking anything, and then nothing any more.
+        let unacknowledged = || {
+            let taken = begun.elapsed().as_secs().min(120) * TIMEOUTS.min_rate;
+            1_000_000 - taken
+        };
+        std::future::poll_fn(|cx| credit.poll_exhausted(cx, &TIMEOUTS, unacknowledged)).await;
+        let waited = begun.elapsed().as_secs();
+        assert!((178..=182).contains(&waited), "cut after {waited} s");
+
+        credit.renew(100_000, &TIMEOUTS);
+        assert_eq!(credit.left, Duration::ZERO, "they counted already");
+        credit.renew(30_000, &TIMEOUTS);
+        assert_eq!(credit.left.as_secs(), 10);
+    }
+
     #[test]
     fn without_a_minimum_rate_any_byte_is_enough() {
         let mut credit = Credit::new(&TIMEOUTS);
