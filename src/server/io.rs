@@ -890,6 +890,8 @@ pub(super) fn to_usize(len: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncReadExt;
+
     use super::*;
 
     const TIMEOUTS: Timeouts = Timeouts {
@@ -939,6 +941,43 @@ mod tests {
         assert_eq!(credit.left, Duration::ZERO, "they counted already");
         credit.renew(30_000, &TIMEOUTS);
         assert_eq!(credit.left.as_secs(), 10);
+    }
+
+    #[test]
+    fn who_lets_others_go_first_has_the_sockets_looked_at() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_io()
+            // As the program's: turns alone do not make it look.
+            .event_interval(8192)
+            .build()
+            .unwrap();
+        let turns = async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let client = TcpStream::connect(address).await.unwrap();
+            let (mut server, _) = listener.accept().await.unwrap();
+            let answered = tokio::spawn(async move { server.read_u8().await.unwrap() });
+            // It waits now.
+            tokio::task::yield_now().await;
+            client.try_write(b"x").unwrap();
+            for turn in 0..100 {
+                let mut gave_way = false;
+                std::future::poll_fn(|cx| {
+                    if std::mem::replace(&mut gave_way, true) {
+                        return Poll::Ready(());
+                    }
+                    poll_after_others(cx)
+                })
+                .await;
+                if answered.is_finished() {
+                    return turn;
+                }
+            }
+            panic!("a socket with something to read waited for a hundred turns");
+        };
+        let turns = runtime.block_on(runtime.spawn(turns)).unwrap();
+        assert!(turns < 10, "it waited for {turns} turns");
     }
 
     #[test]
