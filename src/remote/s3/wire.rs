@@ -629,17 +629,22 @@ mod tests {
         /// been read, where `apart`.
         async fn get(&mut self, wire: &Wire, answer: &str, apart: &str) -> (usize, Vec<u8>) {
             let request = self.request();
-            let (response, number) = tokio::join!(wire.send(request, None), async {
-                let (number, line) = self.requests.recv().await.unwrap();
-                assert_eq!(line, "GET /key?x=1 HTTP/1.1");
-                self.say(answer);
-                number
-            });
-            let body = response.unwrap().into_body();
-            if !apart.is_empty() {
-                self.say(apart);
-            }
-            (number, body.collect().await.unwrap().to_bytes().to_vec())
+            let exchange = async {
+                let (response, number) = tokio::join!(wire.send(request, None), async {
+                    let (number, line) = self.requests.recv().await.unwrap();
+                    assert_eq!(line, "GET /key?x=1 HTTP/1.1");
+                    self.say(answer);
+                    number
+                });
+                let body = response.unwrap().into_body();
+                if !apart.is_empty() {
+                    self.say(apart);
+                }
+                (number, body.collect().await.unwrap().to_bytes().to_vec())
+            };
+            // Bytes that are lost would be waited for without end.
+            let patience = Duration::from_secs(30);
+            tokio::time::timeout(patience, exchange).await.unwrap()
         }
     }
 
