@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use clap::Parser;
 use pinrange::cli::{self, Cli, Command};
 use pinrange::telemetry::{self, LogFormat};
-use tokio::runtime::Builder;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -42,9 +41,7 @@ fn run(
     if let Err(error) = telemetry::init(format, filter) {
         return refuse(&error, cli::EX_CONFIG);
     }
-    let mut builder = Builder::new_multi_thread();
-    threads.map(|threads| builder.worker_threads(threads.get()));
-    let runtime = match builder.enable_all().build() {
+    let runtime = match cli::runtime(threads) {
         Ok(runtime) => runtime,
         Err(error) => return refuse(&format!("cannot start threads: {error}"), cli::EX_OSERR),
     };

@@ -332,25 +332,23 @@ impl Tiers {
         if let Some(pin) = get.head.single_pin().and_then(Validator::from_pin) {
             return self.open_pinned(&target, pin).await;
         }
-        if let Some(opened) = self.open_listed(&target).await {
+        if let Some(opened) = Box::pin(self.open_listed(&target)).await {
             return Ok(opened);
         }
         let mut relabels = 0;
         loop {
-            // Boxed, as all that asks the remote: a warm request is not to carry its size.
+            // Boxed, as all that a warm request has no need of: it is not to carry the size.
             let current = Box::pin(self.current(&target)).await?;
             let label = current.representation.validator.clone();
             let verdict = evaluate(get.head, &current.representation.metadata());
-            match self
-                .serve(
-                    &target,
-                    current.representation,
-                    verdict,
-                    current.held,
-                    current.trace,
-                )
-                .await
-            {
+            let served = self.serve(
+                &target,
+                current.representation,
+                verdict,
+                current.held,
+                current.trace,
+            );
+            match Box::pin(served).await {
                 Ok(opened) => return Ok(opened),
                 Err(error) => {
                     if let Some(RemoteErrorKind::Mismatch) = error.remote_kind() {
@@ -405,8 +403,8 @@ impl Tiers {
             if outcome == Outcome::FromDisk {
                 let held = Some(Arc::clone(held));
                 let Some(extent) = extent else {
-                    return self
-                        .serve(target, representation, verdict, held, trace)
+                    let served = self.serve(target, representation, verdict, held, trace);
+                    return Box::pin(served)
                         .await
                         .map_err(|error| self.refuse(target, error));
                 };
@@ -434,8 +432,8 @@ impl Tiers {
         let answer = match asked {
             Ok((representation, held)) => {
                 let verdict = evaluate(head, &representation.metadata());
-                self.serve(target, representation, verdict, held, trace)
-                    .await
+                let served = self.serve(target, representation, verdict, held, trace);
+                Box::pin(served).await
             }
             Err(error) => Err(error),
         };
@@ -683,7 +681,7 @@ impl Tiers {
     async fn held(&self, revision: &Revision) -> Option<Arc<HeldRevision>> {
         match self.disk.lookup(revision) {
             Lookup::Held(held) => Some(held),
-            Lookup::Unknown => self.disk.load(revision).await,
+            Lookup::Unknown => Box::pin(self.disk.load(revision)).await,
         }
     }
 

@@ -40,6 +40,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures::FutureExt;
 use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Response};
 use http_body::Body as _;
@@ -299,15 +300,15 @@ impl<H: Handler> Serving<H> {
         let ending = &self.ending;
         let service = service_fn(move |request: Request<Incoming>| {
             has_content.store(!request.body().is_end_stream(), Ordering::Relaxed);
-            async move {
-                let mut response = handler.handle(request, conn).await;
+            // Not an async block, which would hold the handler's future twice.
+            handler.handle(request, conn).map(|mut response| {
                 if ending.is_announced() {
                     // hyper closes the connection behind it.
                     let close = HeaderValue::from_static("close");
                     response.headers_mut().insert(CONNECTION, close);
                 }
                 Ok::<_, Infallible>(response)
-            }
+            })
         });
         let mut connection = self.http.serve_connection(io, service);
 

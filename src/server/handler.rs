@@ -86,15 +86,14 @@ impl Handler {
         request: Request<B>,
         queue: &SendQueue,
     ) -> Response<ResponseBody> {
-        let (request, content) = request.into_parts();
         let started = Instant::now();
-        let fields = Fields::of(&request.headers);
+        let fields = Fields::of(request.headers());
         let id = self.request_id(fields.id, started);
         let span = tracing::info_span!(
             "request",
             id = id.to_str().unwrap_or_default(),
-            method = request.method.as_str(),
-            path = request.uri.path(),
+            method = request.method().as_str(),
+            path = request.uri().path(),
             pin = field::Empty,
             range = field::Empty,
             trace = field::Empty,
@@ -109,7 +108,7 @@ impl Handler {
         response
             .headers_mut()
             .insert(VIA, HeaderValue::from_static("1.1 pinrange"));
-        if !content.is_end_stream() {
+        if !request.body().is_end_stream() {
             response
                 .headers_mut()
                 .insert(CONNECTION, HeaderValue::from_static("close"));
@@ -117,9 +116,9 @@ impl Handler {
         response
     }
 
-    async fn answer(
+    async fn answer<B>(
         &self,
-        request: &http::request::Parts,
+        request: &Request<B>,
         fields: &Fields<'_>,
         started: Instant,
         queue: &SendQueue,
@@ -187,19 +186,19 @@ impl Handler {
     }
 
     /// What the request asks for.
-    fn read<'a>(
+    fn read<'a, B>(
         &'a self,
-        request: &'a http::request::Parts,
+        request: &'a Request<B>,
         fields: &Fields<'_>,
     ) -> Result<(&'a Arc<Mount>, Cow<'a, str>, RequestHead<'a>), Rejected> {
-        let method = match request.method {
+        let method = match *request.method() {
             http::Method::GET => Method::Get,
             http::Method::HEAD => Method::Head,
             _ => return Err(Rejected::Method),
         };
         // RFC 9112 §3.2: two servers on the way that take different ones would disagree on what was asked for.
         let hosts = fields.hosts;
-        if hosts > 1 || (hosts == 0 && request.version == http::Version::HTTP_11) {
+        if hosts > 1 || (hosts == 0 && request.version() == http::Version::HTTP_11) {
             return Err(Rejected::Field(format!(
                 "a request has one Host field, not {hosts}"
             )));
@@ -213,12 +212,12 @@ impl Handler {
         }
         let (mount, key) = self
             .mounts
-            .resolve(request.uri.path())
+            .resolve(request.uri().path())
             .map_err(Rejected::Path)?;
-        if let Some(query) = request.uri.query() {
+        if let Some(query) = request.uri().query() {
             refuse_s3_parameters(query)?;
         }
-        let head = RequestHead::from_headers(method, &request.headers)
+        let head = RequestHead::from_headers(method, request.headers())
             .map_err(|error| Rejected::Field(error.to_string()))?;
         Ok((mount, key, head))
     }
@@ -302,12 +301,7 @@ fn no_cache(directives: &HeaderValue) -> bool {
         .any(|directive| directive.trim_ascii().eq_ignore_ascii_case(b"no-cache"))
 }
 
-fn describe(
-    span: &Span,
-    request: &http::request::Parts,
-    fields: &Fields<'_>,
-    head: &RequestHead<'_>,
-) {
+fn describe<B>(span: &Span, request: &Request<B>, fields: &Fields<'_>, head: &RequestHead<'_>) {
     if span.is_disabled() {
         return;
     }
@@ -318,7 +312,7 @@ fn describe(
         Some(EntityTagList::Tag(_) | EntityTagList::Tags(_)) => "list",
     };
     span.record("pin", pin);
-    let range = request.headers.get(RANGE);
+    let range = request.headers().get(RANGE);
     if let Some(range) = range.and_then(|range| range.to_str().ok()) {
         span.record("range", range);
     }

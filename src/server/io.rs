@@ -39,10 +39,9 @@
 //!   a write waits for the client: it may be progress_timeout behind `min_rate` (see `Credit`)
 //! ```
 //!
-//! How far a client is shows only in steps: the kernel says that a socket takes more once a part of
-//! what it was given is on its way. With the buffers it gives a fast connection, that is most of a
-//! MiB, and a client that reads 10 KB/s would seem stalled for more than a minute. Hence
-//! [`UNSENT`].
+//! How far a client is shows only in steps as long as we wait for a socket to take more: the kernel says so once a good
+//! part of what it holds is gone, most of a MiB on a fast connection, and a client that reads 10 KB/s would seem stalled
+//! for more than a minute. So before a client is given up, the kernel is asked what it holds still ([`unacknowledged`]).
 //!
 //! A file that ends early, cannot be read or hangs does not end the response either: see
 //! [`rescue`](super::rescue).
@@ -65,6 +64,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, Sleep};
 
 use super::body::{BodyObserver, Delivery};
+use super::outq::unacknowledged;
 use super::page_in::{Hangs, PageIn};
 use super::rescue::Rescue;
 use crate::disk::FileExtent;
@@ -89,19 +89,10 @@ const FEW: usize = 4;
 const BURST: u64 = 4 << 20;
 
 /// Most bytes that wait in a socket's buffer without being on their way (`TCP_NOTSENT_LOWAT`); the socket takes
-/// more when half of them are. So progress shows every 128 KiB, a stalled client costs the kernel no more than
-/// this beyond its window, and what is left in the buffer lasts a 10 Gbit/s network 100 µs. See [`UNSENT_FAST`].
-const UNSENT: u32 = 256 << 10;
-
-/// As much for a client that takes bytes as fast as they come: fewer wake-ups, and the client's acknowledgements have the
-/// kernel send on without us.
-const UNSENT_FAST: u32 = 1 << 20;
-
-/// Bytes that a client takes without a [`PAUSE`] before it counts as fast.
-const FAST_AFTER: u64 = 8 << 20;
-
-/// A wait that makes a client count as slow again.
-const PAUSE: Duration = Duration::from_millis(100);
+/// more when half of them are. So a stalled client costs the kernel no more than this beyond its window, and one of many
+/// that share a network gets a MiB in one go: most of our part is over with the call, the client's acknowledgements have
+/// the kernel send on.
+const UNSENT: u32 = 1 << 20;
 
 /// How long a client may take over what it still sends when its connection is to end: more than the round trip
 /// that tells it of the end.
@@ -326,6 +317,10 @@ impl Patience {
             .map_or(Poll::Pending, |sleep| sleep.as_mut().poll(cx))
     }
 
+    fn is_on(&self) -> bool {
+        self.since.is_some()
+    }
+
     /// What was waited for happened; returns since when it was waited for. The timer is left in the
     /// wheel: at worst it wakes the task once for nothing.
     fn stop(&mut self) -> Option<Instant> {
@@ -341,10 +336,17 @@ impl Patience {
 /// `min_rate` on average is never cut, however unevenly it does so within `progress`; who takes a
 /// byte now and then to be spared is cut nearly as soon as who takes none. Time in which nobody waits
 /// for the client (S3 or the disk is asked) does not count.
+///
+/// A byte counts as taken when the socket takes it, and in a long wait, in which it takes none, when the client
+/// acknowledges it; never twice.
 #[derive(Debug)]
 struct Credit {
     left: Duration,
     wait: Patience,
+    /// Bytes that the client had not acknowledged when it was last looked.
+    unacknowledged: u64,
+    /// Bytes that counted when they were acknowledged: as many more that the socket takes do not count.
+    ahead: u64,
 }
 
 impl Credit {
@@ -352,56 +354,60 @@ impl Credit {
         Self {
             left: timeouts.progress,
             wait: Patience::default(),
+            unacknowledged: 0,
+            ahead: 0,
         }
     }
 
-    /// The client takes nothing at the moment. `Ready` when that has used up the credit.
-    fn poll_exhausted(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.wait.poll_exhausted(cx, self.left)
+    /// The socket takes nothing at the moment. `Ready` when that has used up the credit, although `unacknowledged`
+    /// bytes left to acknowledge were looked at.
+    fn poll_exhausted(
+        &mut self,
+        cx: &mut Context<'_>,
+        timeouts: &Timeouts,
+        unacknowledged: impl Fn() -> u64,
+    ) -> Poll<()> {
+        if !self.wait.is_on() {
+            self.unacknowledged = unacknowledged();
+        }
+        loop {
+            ready!(self.wait.poll_exhausted(cx, self.left));
+            let before = std::mem::replace(&mut self.unacknowledged, unacknowledged());
+            let taken = before.saturating_sub(self.unacknowledged);
+            self.pause();
+            self.add(taken, timeouts);
+            self.ahead += taken;
+            if self.left.is_zero() {
+                return Poll::Ready(());
+            }
+        }
     }
 
-    /// The client would take something: it is not the one that is waited for. Returns how long it was.
-    fn pause(&mut self) -> Duration {
-        let waited = self.wait.stop().map(|since| since.elapsed());
-        let waited = waited.unwrap_or_default();
-        self.left = self.left.saturating_sub(waited);
-        waited
+    /// The client would take something: it is not the one that is waited for.
+    fn pause(&mut self) {
+        if let Some(since) = self.wait.stop() {
+            self.left = self.left.saturating_sub(since.elapsed());
+        }
     }
 
-    /// The client took `sent` bytes. Returns how long it was waited for.
-    fn renew(&mut self, sent: usize, timeouts: &Timeouts) -> Duration {
-        let waited = self.pause();
-        if self.left < timeouts.progress {
+    /// The socket took `sent` bytes.
+    fn renew(&mut self, sent: usize, timeouts: &Timeouts) {
+        self.pause();
+        let sent = sent as u64;
+        let counted = self.ahead.min(sent);
+        self.ahead -= counted;
+        self.add(sent - counted, timeouts);
+    }
+
+    fn add(&mut self, taken: u64, timeouts: &Timeouts) {
+        if taken > 0 && self.left < timeouts.progress {
             // More than a u64 of nanoseconds is more than any timeout.
-            let worth = (sent as u64)
+            let worth = taken
                 .saturating_mul(1_000_000_000)
                 .checked_div(timeouts.min_rate)
                 .map_or(timeouts.progress, Duration::from_nanos);
             self.left = timeouts.progress.min(self.left + worth);
         }
-        waited
-    }
-}
-
-/// Whether the client takes bytes as fast as they come.
-#[derive(Debug, Default)]
-struct Appetite {
-    /// Bytes it took since the last [`PAUSE`].
-    unbroken: u64,
-    is_fast: bool,
-}
-
-impl Appetite {
-    /// The client took `sent` bytes after it was `waited` for. `Some` where that changes what may wait in its buffer.
-    fn took(&mut self, sent: usize, waited: Duration) -> Option<u32> {
-        if waited >= PAUSE {
-            self.unbroken = 0;
-        } else {
-            self.unbroken = self.unbroken.saturating_add(sent as u64);
-        }
-        let is_fast = self.unbroken >= FAST_AFTER;
-        let changed = is_fast != std::mem::replace(&mut self.is_fast, is_fast);
-        changed.then_some(if is_fast { UNSENT_FAST } else { UNSENT })
     }
 }
 
@@ -457,7 +463,6 @@ pub struct SendfileIo {
     is_idle: bool,
     read_wait: Patience,
     credit: Credit,
-    appetite: Appetite,
     /// Bytes sent since the last wait or yield.
     burst: u64,
     /// What stands in front of the next extent was written because that extent is in the page cache.
@@ -479,7 +484,6 @@ impl SendfileIo {
             is_idle: false,
             read_wait: Patience::default(),
             credit: Credit::new(&timeouts),
-            appetite: Appetite::default(),
             burst: 0,
             probed: false,
         }
@@ -517,11 +521,7 @@ impl SendfileIo {
     /// Bytes went out: the client is alive, and if it was sending a head, that was complete.
     fn wrote(&mut self, sent: usize) {
         self.burst += sent as u64;
-        let waited = self.credit.renew(sent, &self.timeouts);
-        if let Some(unsent) = self.appetite.took(sent, waited) {
-            // Without it the connection is slower, or its progress shows later: no reason to end it.
-            let _ = socket2::SockRef::from(&self.tcp).set_tcp_notsent_lowat(unsent);
-        }
+        self.credit.renew(sent, &self.timeouts);
         self.read_wait.stop();
         self.expecting = Expecting::Next;
         self.busy();
@@ -537,7 +537,11 @@ impl SendfileIo {
     /// too far behind.
     fn poll_stalled(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         self.burst = 0;
-        ready!(self.credit.poll_exhausted(cx));
+        let unacknowledged = || unacknowledged(&self.tcp);
+        ready!(
+            self.credit
+                .poll_exhausted(cx, &self.timeouts, unacknowledged)
+        );
         self.queue.set_cut(Cut::Stalled);
         Poll::Ready(timed_out("the client takes too few bytes"))
     }
@@ -704,8 +708,7 @@ impl SendfileIo {
         loop {
             if self.burst >= BURST {
                 self.burst = 0;
-                cx.waker().wake_by_ref();
-                return Poll::Pending;
+                return poll_after_others(cx);
             }
             // Loading first: while it runs it is the disk that is waited for, not the client.
             if let Some(loading) = &mut self.loading {
@@ -851,6 +854,15 @@ fn drop_some(tcp: &TcpStream) -> io::Result<usize> {
     tcp.try_read(&mut [0; 8192])
 }
 
+/// Pending, until the runtime has looked at its sockets again and those that have something to do had their turn. A wake-up
+/// alone would have it come back to us before it looks.
+fn poll_after_others<T>(cx: &mut Context<'_>) -> Poll<T> {
+    let mut turn = std::pin::pin!(tokio::task::yield_now());
+    let first = turn.as_mut().poll(cx);
+    debug_assert!(first.is_pending(), "a turn is given up by the first poll");
+    Poll::Pending
+}
+
 fn timed_out(what: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, what)
 }
@@ -908,20 +920,6 @@ mod tests {
         );
         assert_eq!(after(&mut credit, 59, 10 << 20), 60, "never further ahead");
         assert_eq!(after(&mut credit, 61, 0), 0);
-    }
-
-    #[test]
-    fn who_takes_bytes_as_they_come_is_given_more_at_once_until_it_pauses() {
-        let mut appetite = Appetite::default();
-        let short = PAUSE / 2;
-        for _ in 0..7 {
-            assert_eq!(appetite.took(1 << 20, short), None);
-        }
-        assert_eq!(appetite.took(1 << 20, short), Some(UNSENT_FAST));
-        assert_eq!(appetite.took(1 << 20, short), None);
-        assert_eq!(appetite.took(1 << 20, PAUSE), Some(UNSENT));
-        assert_eq!(appetite.took(7 << 20, short), None, "from the beginning");
-        assert_eq!(appetite.took(1 << 20, PAUSE), None);
     }
 
     #[test]

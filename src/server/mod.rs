@@ -28,6 +28,7 @@ pub mod body;
 pub mod handler;
 mod handover;
 pub mod io;
+mod outq;
 pub mod page_in;
 pub mod replica;
 mod rescue;

@@ -784,12 +784,12 @@ impl Control for Operator {
 }
 
 impl super::accept::Handler for Handler {
-    async fn handle(
+    fn handle(
         &self,
         request: http::Request<hyper::body::Incoming>,
         conn: &ConnInfo,
-    ) -> http::Response<ResponseBody> {
-        Self::handle(self, request, &conn.queue).await
+    ) -> impl Future<Output = http::Response<ResponseBody>> + Send {
+        Self::handle(self, request, &conn.queue)
     }
 
     fn connections(&self, delta: i64) {

@@ -94,18 +94,12 @@ impl Reader {
         held: Option<Arc<HeldRevision>>,
         extent: FileExtent,
     ) -> Self {
-        let means = Means {
-            filler,
-            settings,
-            source,
-        };
-        Self {
-            state: State::Idle(Inner {
-                complete: true,
-                first: Some(extent),
-                ..Inner::new(Arc::new(means), held, false)
-            }),
+        let mut reader = Self::new(filler, settings, source, held);
+        if let State::Idle(inner) = &mut reader.state {
+            inner.complete = true;
+            inner.first = Some(extent);
         }
+        reader
     }
 
     pub(super) async fn prepare(
