@@ -356,7 +356,7 @@ mod tests {
             let held = disk.admit(&key, representation).await.unwrap();
             let whole = ByteRange::whole(SIZE as u64).unwrap();
             let reservation = disk.reserve(whole.len()).await.unwrap();
-            let mut writer = held.writer(whole, reservation).await.unwrap();
+            let mut writer = held.writer(whole, reservation);
             writer.write(vec![bytes]).await.unwrap();
             disk.flush().await.unwrap();
             held.revision().clone()

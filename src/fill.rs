@@ -41,6 +41,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures::FutureExt;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
@@ -57,7 +58,7 @@ use crate::disk::{
     WriterView,
 };
 use crate::object::{Representation, Revision};
-use crate::origin::{Origin, Origins};
+use crate::origin::{Download, Origin, Origins};
 use crate::remote::{Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TRACEPARENT};
 use crate::semantics::ByteRange;
 use crate::telemetry::Metrics;
@@ -585,7 +586,7 @@ impl Task {
                 .flights
                 .withdraw(&self.source.revision, &self.flight)
         };
-        let mut download = match first {
+        let download = match first {
             Some(read) => origin.adopt(guard, read, span.start, span.end),
             None => origin
                 .download(guard, span.start, span.end, &wanted)
@@ -593,15 +594,22 @@ impl Task {
                 .map_err(FillError::Remote)?,
         };
         let representation = download.representation();
-        let end = span.end.min(representation.size);
         let (answered, mut writer) = self.admit(representation, reservation).await?;
-        while answered.view.cursor() < end {
-            let frames = download
-                .frames(FRAMES_AT_ONCE, &wanted)
-                .await
-                .map_err(FillError::Remote)?;
-            writer.write(frames).await.map_err(disk)?;
-            self.flight.phase.send_modify(|_cursor_moved| {});
+        let mut source = Source {
+            download,
+            flight: Arc::clone(&self.flight),
+            answered: answered.clone(),
+            told: None,
+        };
+        while source
+            .download
+            .ready(&wanted)
+            .await
+            .map_err(FillError::Remote)?
+        {
+            // The thread that writes reads as well, so no bytes wait in memory for their turn.
+            source = writer.pull(source, Source::next).await.map_err(disk)?;
+            source.tell();
         }
         Ok(answered)
     }
@@ -620,7 +628,7 @@ impl Task {
         }
     }
 
-    /// Registers the revision under the validator that came with these bytes (P2) and opens a writer.
+    /// Registers the revision under the validator that came with these bytes (P2), for a writer.
     async fn admit(
         &self,
         representation: &Representation,
@@ -650,21 +658,44 @@ impl Task {
                     "the object ends before the range",
                 ))
             })?;
-        let writer = held.writer(range, reservation).await.map_err(disk)?;
-        let answered = Answered {
-            held,
-            view: writer.view(),
-        };
-        self.flight
-            .phase
-            .send_replace(Phase::Answered(answered.clone()));
-        Ok((answered, writer))
+        let writer = held.writer(range, reservation);
+        let view = writer.view();
+        Ok((Answered { held, view }, writer))
     }
 }
 
-/// Frames that are ready at once go to the disk in one write: a hop to the blocking pool costs more
-/// than writing a 16 KiB frame. 16 frames are at most a few hundred KiB of memory a flight.
-const FRAMES_AT_ONCE: usize = 16;
+/// A download on its way to the disk, and who hears of it.
+struct Source {
+    download: Download,
+    flight: Arc<Flight>,
+    answered: Answered,
+    /// The cursor that the followers know of; `None` before they know of the answer.
+    told: Option<u64>,
+}
+
+impl Source {
+    fn next(&mut self) -> Option<Bytes> {
+        // Once before the turn is over: somebody may be waiting for the first byte. Each time would wake the followers more
+        // often than they can send.
+        if self.told.is_none() && self.answered.view.cursor() > self.flight.span.start {
+            self.tell();
+        }
+        self.download.at_hand()
+    }
+
+    /// Tells the followers how far the writer is.
+    fn tell(&mut self) {
+        let cursor = self.answered.view.cursor();
+        match self.told.replace(cursor) {
+            None => {
+                let answered = Phase::Answered(self.answered.clone());
+                self.flight.phase.send_replace(answered);
+            }
+            Some(told) if told < cursor => self.flight.phase.send_modify(|_cursor_moved| {}),
+            Some(_) => {}
+        }
+    }
+}
 
 fn disk(error: DiskError) -> FillError {
     FillError::Disk(Arc::new(error))

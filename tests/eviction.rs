@@ -126,7 +126,7 @@ async fn the_tier_chooses_as_the_simulation_does() {
         assert_eq!(hit, simulated.read(name, 0), "read {read}, of {name}");
         if !hit {
             let room = tier.reserve(BLOCK).await.unwrap();
-            let mut writer = held.writer(range, room).await.unwrap();
+            let mut writer = held.writer(range, room);
             writer.write(vec![body.clone()]).await.unwrap();
             drop(writer);
             // What stands in main is known to the policy when it is in the catalog.

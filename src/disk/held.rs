@@ -23,6 +23,7 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 
+use super::Reservation;
 use super::catalog::{SegmentId, StoredRevision, StoredSegment};
 use super::coverage::{Coverage, Geometry};
 use super::extent::{FileExtent, SegmentFile};
@@ -32,7 +33,6 @@ use super::sums::{Buffered, Contents};
 use super::tier::Shared;
 use super::watch::within;
 use super::writer::BlockWriter;
-use super::{DiskError, Reservation};
 use crate::object::{Fields, Representation, Revision};
 use crate::semantics::ByteRange;
 
@@ -290,17 +290,10 @@ impl HeldRevision {
     /// end), taking its room from `reservation`. Its files are not evicted while it or a view of
     /// it lives.
     ///
-    /// # Errors
-    /// [`DiskError::Purged`] if the revision is doomed; [`DiskError::Io`] if the first file cannot be made.
-    ///
     /// # Panics
     /// If `range` is not aligned so, or reaches beyond the end of the revision.
-    pub async fn writer(
-        self: &Arc<Self>,
-        range: ByteRange,
-        reservation: Reservation,
-    ) -> Result<BlockWriter, DiskError> {
-        BlockWriter::begin(Arc::clone(self), range, reservation).await
+    pub fn writer(self: &Arc<Self>, range: ByteRange, reservation: Reservation) -> BlockWriter {
+        BlockWriter::new(Arc::clone(self), range, reservation)
     }
 
     pub(super) fn me(&self) -> Arc<Self> {

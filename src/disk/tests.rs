@@ -7,6 +7,7 @@
 mod crash;
 mod release;
 
+use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -93,7 +94,7 @@ async fn admit(tier: &DiskTier, name: &str, size: u64) -> Arc<HeldRevision> {
 async fn write(tier: &DiskTier, held: &Arc<HeldRevision>, name: &str, stretch: ByteRange) {
     let bytes = body(name, stretch.end());
     let reservation = tier.reserve(stretch.len()).await.unwrap();
-    let mut writer = held.writer(stretch, reservation).await.unwrap();
+    let mut writer = held.writer(stretch, reservation);
     // Odd frames, so that blocks and frames do not coincide.
     for frames in bytes[stretch.start() as usize..].chunks(5000) {
         let frames = frames.chunks(777).map(Bytes::copy_from_slice).collect();
@@ -259,10 +260,7 @@ async fn followers_read_behind_the_cursor_and_a_started_block_is_not_kept() {
     let held = admit(&tier, "x", 2 * SEGMENT).await;
     let bytes = body("x", 2 * SEGMENT);
     let reservation = tier.reserve(SEGMENT + BLOCK).await.unwrap();
-    let mut writer = held
-        .writer(range(SEGMENT - BLOCK, 2 * SEGMENT), reservation)
-        .await
-        .unwrap();
+    let mut writer = held.writer(range(SEGMENT - BLOCK, 2 * SEGMENT), reservation);
     let view = writer.view();
     assert!(view.extent(range(SEGMENT - BLOCK, SEGMENT)).is_none());
 
@@ -311,7 +309,7 @@ async fn a_writer_that_wrote_nothing_leaves_nothing() {
     let held = admit(&tier, "x", SEGMENT).await;
     let reservation = tier.reserve(SEGMENT).await.unwrap();
     assert_eq!(tier.stats().used_bytes, SEGMENT);
-    let mut writer = held.writer(range(0, SEGMENT), reservation).await.unwrap();
+    let mut writer = held.writer(range(0, SEGMENT), reservation);
     writer
         .write(vec![Bytes::from_static(b"started")])
         .await
@@ -328,7 +326,7 @@ async fn a_writer_cannot_exceed_its_reservation() {
     let tier = open(dir.path());
     let held = admit(&tier, "x", SEGMENT).await;
     let reservation = tier.reserve(BLOCK).await.unwrap();
-    let mut writer = held.writer(range(0, SEGMENT), reservation).await.unwrap();
+    let mut writer = held.writer(range(0, SEGMENT), reservation);
     let bytes = Bytes::from(body("x", SEGMENT));
     assert!(matches!(
         writer.write(vec![bytes]).await,
@@ -595,12 +593,58 @@ async fn a_purge_reaches_what_only_the_catalog_knows_and_lasts() {
 }
 
 #[tokio::test]
+async fn a_writer_pulls_a_turn_at_a_time_and_nothing_where_no_file_can_be_made() {
+    const SIZE: u64 = 3 * writer::PULL;
+    let dir = tempfile::tempdir().unwrap();
+    let roomy = DiskConfig {
+        capacity: 64 << 20,
+        ..config(dir.path())
+    };
+    let tier = DiskTier::open(roomy).unwrap();
+    let held = admit(&tier, "x", SIZE).await;
+    let bytes = Bytes::from(body("x", SIZE));
+    // Odd ones, so that a turn ends within a frame's length of where it should.
+    let mut frames: VecDeque<Bytes> = bytes
+        .chunks(7777)
+        .map(|frame| bytes.slice_ref(frame))
+        .collect();
+    let reservation = tier.reserve(SIZE).await.unwrap();
+    let mut writer = held.writer(range(0, SIZE), reservation);
+    let view = writer.view();
+    while !frames.is_empty() {
+        let before = view.cursor();
+        frames = writer.pull(frames, VecDeque::pop_front).await.unwrap();
+        let turn = view.cursor() - before;
+        assert!(turn < writer::PULL + 7777, "{turn} bytes in one turn");
+        assert!(turn >= writer::PULL || frames.is_empty(), "{turn} bytes");
+    }
+    assert_holds(&held, "x", range(0, SIZE)).await;
+
+    let other = admit(&tier, "y", SEGMENT).await;
+    let reservation = tier.reserve(SEGMENT).await.unwrap();
+    let mut writer = other.writer(range(0, SEGMENT), reservation);
+    tier.purge(PurgeTarget::Key(key("y"))).await.unwrap();
+    let asked = Arc::new(AtomicBool::new(false));
+    let refused = writer
+        .pull(Arc::clone(&asked), |asked| {
+            asked.store(true, Ordering::SeqCst);
+            None
+        })
+        .await;
+    assert!(matches!(refused, Err(DiskError::Purged)));
+    assert!(
+        !asked.load(Ordering::SeqCst),
+        "bytes were taken that have nowhere to go"
+    );
+}
+
+#[tokio::test]
 async fn a_purged_revision_takes_no_more_bytes_and_its_successor_is_another() {
     let dir = tempfile::tempdir().unwrap();
     let tier = open(dir.path());
     let held = admit(&tier, "x", SEGMENT).await;
     let reservation = tier.reserve(SEGMENT).await.unwrap();
-    let mut writer = held.writer(range(0, SEGMENT), reservation).await.unwrap();
+    let mut writer = held.writer(range(0, SEGMENT), reservation);
     let bytes = Bytes::from(body("x", SEGMENT));
     writer
         .write(vec![bytes.slice(..2 * BLOCK as usize)])
@@ -613,8 +657,9 @@ async fn a_purged_revision_takes_no_more_bytes_and_its_successor_is_another() {
         Err(DiskError::Purged)
     ));
     let reservation = tier.reserve(SEGMENT).await.unwrap();
+    let mut late = held.writer(range(0, SEGMENT), reservation);
     assert!(matches!(
-        held.writer(range(0, SEGMENT), reservation).await,
+        late.write(vec![bytes]).await,
         Err(DiskError::Purged)
     ));
     let successor = admit(&tier, "x", SEGMENT).await;
@@ -664,10 +709,9 @@ async fn purge_beats_load_and_admit() {
                     _ => {
                         let held = admit(&tier, name, SEGMENT).await;
                         let reservation = tier.reserve(SEGMENT).await.unwrap();
-                        if let Ok(mut writer) = held.writer(range(0, SEGMENT), reservation).await {
-                            let written = writer.write(vec![body(name, SEGMENT).into()]).await;
-                            assert!(matches!(written, Ok(()) | Err(DiskError::Purged)));
-                        }
+                        let mut writer = held.writer(range(0, SEGMENT), reservation);
+                        let written = writer.write(vec![body(name, SEGMENT).into()]).await;
+                        assert!(matches!(written, Ok(()) | Err(DiskError::Purged)));
                     }
                 }
             }
@@ -958,7 +1002,11 @@ async fn the_sweep_removes_leftovers_and_nothing_else() {
     let tier = open(dir.path());
     let held = admit(&tier, "y", SEGMENT).await;
     let reservation = tier.reserve(SEGMENT).await.unwrap();
-    let writer = held.writer(range(0, SEGMENT), reservation).await.unwrap();
+    let mut writer = held.writer(range(0, SEGMENT), reservation);
+    writer
+        .write(vec![Bytes::from_static(b"begun")])
+        .await
+        .unwrap();
     wait_for_sweep(&tier);
     assert!(!leftover.exists());
     assert!(foreign.exists());
@@ -1371,10 +1419,7 @@ async fn a_write_that_hangs_is_given_up_and_the_episode_ends_by_itself() {
     let tier = open_within(dir.path(), impatient());
     let held = admit(&tier, "x", 2 * SEGMENT).await;
     let reservation = tier.reserve(2 * SEGMENT).await.unwrap();
-    let mut writer = held
-        .writer(range(0, 2 * SEGMENT), reservation)
-        .await
-        .unwrap();
+    let mut writer = held.writer(range(0, 2 * SEGMENT), reservation);
     let bytes = Bytes::from(body("x", 2 * SEGMENT));
     let first = bytes.slice(..SEGMENT as usize);
     writer.write(vec![first]).await.unwrap();
@@ -1531,10 +1576,9 @@ async fn a_directory_that_was_deleted_or_replaced_is_begun_anew() {
         };
         let reservation = tier.reserve(SEGMENT).await.unwrap();
         let started = admit(&tier, "started", SEGMENT).await;
-        let mut writer = started
-            .writer(range(0, SEGMENT), reservation)
-            .await
-            .unwrap();
+        let mut writer = started.writer(range(0, SEGMENT), reservation);
+        let bytes = Bytes::from(body("started", SEGMENT));
+        writer.write(vec![bytes.slice(..100)]).await.unwrap();
 
         take_away(&dir);
         tier.look_after();
@@ -1542,7 +1586,7 @@ async fn a_directory_that_was_deleted_or_replaced_is_begun_anew() {
         assert!(held.is_doomed());
         assert_eq!(bytes_of(&extent), body(&name, SEGMENT), "sent to its end");
         drop(extent);
-        let refused = writer.write(vec![body("started", SEGMENT).into()]).await;
+        let refused = writer.write(vec![bytes.slice(100..)]).await;
         assert!(matches!(refused, Err(DiskError::Purged)), "{refused:?}");
         drop(writer);
         // A re-upload of equal bytes, told to a revision of the old catalog: the new one numbers its own.

@@ -11,11 +11,11 @@
 
 use std::collections::VecDeque;
 use std::fs::OpenOptions;
-use std::io::{self, IoSlice};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::DiskError;
@@ -29,14 +29,16 @@ use super::sums::SumDigest;
 use super::watch::Watch;
 use crate::semantics::ByteRange;
 
-/// Bytes of one `pwritev`. A large one holds the inode's lock against senders: 1 MiB stalled
+/// Bytes of one `pwrite`. A large one holds the inode's lock against senders: 1 MiB stalled
 /// sendfile by 2.4 ms (p99), 64 KiB by 0.09 ms.
-const WRITE_STEP: usize = 64 << 10;
+const WRITE_STEP: u64 = 64 << 10;
 
-/// Slices of one `pwritev`; far below `IOV_MAX`, and enough for frames of 1 KiB.
-const WRITE_SLICES: usize = 64;
+/// Bytes of one turn on a thread that may block: a fraction of a millisecond, after which those who follow hear of
+/// them.
+pub(super) const PULL: u64 = 512 << 10;
 
-/// Writes a stretch in order. Dropping it keeps the completed blocks; a started block is not kept.
+/// Writes a stretch in order; makes its first file with the first bytes. Dropping it keeps the completed blocks; a started
+/// block is not kept.
 pub struct BlockWriter {
     /// `None` while a write is under way, and for good if its future was dropped.
     cursor: Option<Cursor>,
@@ -45,11 +47,7 @@ pub struct BlockWriter {
 }
 
 impl BlockWriter {
-    pub(super) async fn begin(
-        held: Arc<HeldRevision>,
-        range: ByteRange,
-        reservation: Reservation,
-    ) -> Result<Self, DiskError> {
+    pub(super) fn new(held: Arc<HeldRevision>, range: ByteRange, reservation: Reservation) -> Self {
         let g = held.geometry;
         let aligned = |offset: u64| offset.is_multiple_of(g.block_size);
         assert!(
@@ -67,51 +65,73 @@ impl BlockWriter {
             cursor: AtomicU64::new(range.start()),
             pieces: Mutex::default(),
         });
-        let mut cursor = Cursor {
-            held,
-            at: range.start(),
-            end: range.end(),
-            reservation,
-            digest: SumDigest::default(),
-            segment: None,
-            view: Arc::clone(&view),
-        };
-        // Now, so that a disk that takes no new file is known before the remote is asked.
-        let limit = watch.limits.write;
-        let entered = watch.run("make a segment file", limit, move || {
-            cursor.enter().map(|()| cursor)
-        });
-        Ok(Self {
-            cursor: Some(entered.await?),
+        Self {
+            cursor: Some(Cursor {
+                held,
+                at: range.start(),
+                end: range.end(),
+                reservation,
+                digest: SumDigest::default(),
+                segment: None,
+                view: Arc::clone(&view),
+            }),
             view,
             watch,
-        })
+        }
     }
 
-    /// Appends; the cursor moves as the bytes reach the page cache (`pwritev` off the runtime's
-    /// workers). Blocks completed on the way are covered in memory at once and committed later
-    /// (data synced first).
+    /// Appends what `next` takes from `source`, until it has nothing more or [`PULL`] bytes are written, and gives
+    /// `source` back. It is asked on the thread that writes, off the runtime's workers, so it may read sockets, but must
+    /// not wait. The cursor moves as the bytes reach the page cache. Blocks completed on the way are covered in memory
+    /// at once and committed later (data synced first).
     ///
-    /// Cancelling leaves the chunks to be written or not, and the writer fit only to be dropped.
+    /// Cancelling leaves bytes to be written or not, and the writer fit only to be dropped.
     ///
     /// # Errors
     /// [`DiskError::NoRoom`] when the reservation is used up or the file was dropped as bad,
     /// [`DiskError::Purged`], [`DiskError::Io`], or [`DiskError::Hangs`] when the disk does not take them in
     /// time; what hangs may still be written. The cursor tells what was written all the same; the writer
-    /// is fit only to be dropped.
+    /// is fit only to be dropped, and `source` is lost.
     ///
     /// # Panics
-    /// If the chunks reach beyond the range, or after a call that was cancelled or failed.
-    pub async fn write(&mut self, chunks: Vec<Bytes>) -> Result<(), DiskError> {
+    /// If `source` reaches beyond the range, or after a call that was cancelled or failed.
+    pub async fn pull<S: Send + 'static>(
+        &mut self,
+        mut source: S,
+        next: fn(&mut S) -> Option<Bytes>,
+    ) -> Result<S, DiskError> {
         let mut cursor = self
             .cursor
             .take()
             .expect("the last write completed, as the contract demands");
         let limit = self.watch.limits.write;
         let written = self.watch.run("write to a segment", limit, move || {
-            cursor.write(chunks).map(|()| cursor)
+            if cursor.segment.is_none() && cursor.at < cursor.end {
+                // Before a byte is taken: where the disk takes no new file, nothing is lost but the source.
+                cursor.enter()?;
+            }
+            let until = cursor.at + PULL;
+            while cursor.at < until
+                && let Some(bytes) = next(&mut source)
+            {
+                cursor.write(&bytes)?;
+            }
+            Ok((cursor, source))
         });
-        self.cursor = Some(written.await?);
+        let (cursor, source) = written.await?;
+        self.cursor = Some(cursor);
+        Ok(source)
+    }
+
+    /// Appends bytes that are there already, as [`BlockWriter::pull`] does.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn write(&mut self, chunks: Vec<Bytes>) -> Result<(), DiskError> {
+        let mut chunks = VecDeque::from(chunks);
+        while !chunks.is_empty() {
+            chunks = self.pull(chunks, VecDeque::pop_front).await?;
+        }
         Ok(())
     }
 
@@ -182,20 +202,17 @@ struct Entered {
 }
 
 impl Cursor {
-    fn write(&mut self, chunks: Vec<Bytes>) -> Result<(), DiskError> {
-        let mut chunks: VecDeque<Bytes> = chunks
-            .into_iter()
-            .filter(|chunk| !chunk.is_empty())
-            .collect();
-        while !chunks.is_empty() {
+    fn write(&mut self, mut bytes: &[u8]) -> Result<(), DiskError> {
+        while !bytes.is_empty() {
             assert!(self.at < self.end, "more bytes than the writer's range");
-            self.step(&mut chunks)?;
+            let written = self.step(bytes)?;
+            bytes = &bytes[written..];
         }
         Ok(())
     }
 
-    /// One `pwritev`, within one block.
-    fn step(&mut self, chunks: &mut VecDeque<Bytes>) -> Result<(), DiskError> {
+    /// One `pwrite`, within one block. Returns what of `bytes` it took.
+    fn step(&mut self, bytes: &[u8]) -> Result<usize, DiskError> {
         if self.segment.is_none() {
             self.enter()?;
         }
@@ -212,26 +229,19 @@ impl Cursor {
         {
             return Err(DiskError::NoRoom);
         }
-        let left = usize::try_from(block_end - self.at).unwrap_or(usize::MAX);
-        let mut room = left.min(WRITE_STEP);
-        let mut slices = Vec::with_capacity(chunks.len().min(WRITE_SLICES));
-        for chunk in chunks.iter().take(WRITE_SLICES) {
-            let slice = &chunk[..chunk.len().min(room)];
-            room -= slice.len();
-            slices.push(IoSlice::new(slice));
-            if room == 0 {
-                break;
-            }
-        }
+        // To the next multiple of a step, however the bytes came: the kernel makes large pages only where they are
+        // aligned.
+        let step = (WRITE_STEP - self.at % WRITE_STEP).min(block_end - self.at);
+        let room = usize::try_from(step).unwrap_or(usize::MAX);
+        let bytes = &bytes[..bytes.len().min(room)];
         let offset = self.at - g.segment_start(segment.key.idx);
         let written = loop {
-            match rustix::io::pwritev(segment.file.file(), &slices, offset) {
+            match rustix::io::pwrite(segment.file.file(), bytes, offset) {
                 Err(rustix::io::Errno::INTR) => {}
                 Ok(0) => break Err(io::ErrorKind::WriteZero.into()),
                 other => break other.map_err(io::Error::from),
             }
         };
-        drop(slices);
         let written = written.map_err(|error| {
             let path = held.shared.segment_path(segment.incarnation);
             held.shared.trouble.note("write", &path, &error);
@@ -239,26 +249,13 @@ impl Cursor {
         })?;
         held.shared.reached(Step::BytesWritten);
         held.shared.trouble.over();
-        let mut left = written;
-        while left > 0 {
-            let chunk = chunks
-                .front_mut()
-                .expect("no more was written than was given");
-            let n = left.min(chunk.len());
-            self.digest.update(&chunk[..n]);
-            chunk.advance(n);
-            left -= n;
-            if chunk.is_empty() {
-                chunks.pop_front();
-            }
-        }
+        self.digest.update(&bytes[..written]);
         self.at += written as u64;
         self.view.cursor.store(self.at, Ordering::Release);
         if self.at == block_end {
-            self.complete(block, block_end - block_start)
-        } else {
-            Ok(())
+            self.complete(block, block_end - block_start)?;
         }
+        Ok(written)
     }
 
     /// Finds or makes the file for the segment that `at` lies in, and claims the blocks.

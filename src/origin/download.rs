@@ -7,6 +7,7 @@
 //! some; so a body that drips is found out like one that is silent. Only time spent waiting for the remote
 //! counts: while our disk or the client is slow, no clock runs.
 
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -88,6 +89,10 @@ pub struct Download {
     /// Bytes to come that lie before `at`.
     skip: u64,
     body: Fuse<BoxStream<'static, Result<Bytes, RemoteError>>>,
+    /// What came while it was waited for.
+    first: Option<Bytes>,
+    /// Whether the body had nothing when it was asked last.
+    is_dry: bool,
     /// What broke the body behind the bytes that were handed on last.
     broken: Option<Trouble>,
     /// Bytes that this connection has brought.
@@ -128,6 +133,8 @@ impl Download {
                 .map_or(0, |range| start.saturating_sub(range.start())),
             representation: read.representation,
             body: read.body.fuse(),
+            first: None,
+            is_dry: false,
             broken: None,
             brought: 0,
             window: 0,
@@ -142,76 +149,97 @@ impl Download {
         &self.representation
     }
 
-    /// The next bytes: those that are there at once, in at most `most` frames, none empty. No frame at all: everything
-    /// has been handed on.
+    /// Waits until [`Download::at_hand`] may have something. `false`: everything has been handed on. Cancel safe.
     ///
     /// # Errors
     /// What ended it before its end: an error that asking again did not mend, or [`RemoteErrorKind::Mismatch`] where the
     /// object is at another revision by now. The last error where it is not `wanted` any more.
+    pub async fn ready(&mut self, wanted: Wanted<'_>) -> Result<bool, RemoteError> {
+        while self.at < self.end && self.first.is_none() {
+            if let Some(trouble) = self.broken.take() {
+                self.resume(trouble, wanted).await?;
+            }
+            if !self.is_dry {
+                break;
+            }
+            let limit = self.origin.store.stall_limit();
+            let asked = Instant::now();
+            let next = self.body.next();
+            let next = tokio::time::timeout(limit.saturating_sub(self.waited), next).await;
+            self.waited += asked.elapsed();
+            self.is_dry = false;
+            match next {
+                Err(_elapsed) => self.broken = Some(self.stall(limit)),
+                Ok(frame) => self.first = self.take(frame),
+            }
+        }
+        Ok(self.at < self.end || self.first.is_some())
+    }
+
+    /// The next bytes, if they can be had without waiting. Never none at all: `None` is to be followed by
+    /// [`Download::ready`]. May be called on a thread that may block.
+    pub fn at_hand(&mut self) -> Option<Bytes> {
+        if let Some(bytes) = self.first.take() {
+            return Some(bytes);
+        }
+        while self.at < self.end && self.broken.is_none() {
+            // Who waits says so there.
+            let mut cx = Context::from_waker(Waker::noop());
+            let Poll::Ready(frame) = self.body.poll_next_unpin(&mut cx) else {
+                self.is_dry = true;
+                return None;
+            };
+            let bytes = self.take(frame);
+            if bytes.is_some() {
+                return bytes;
+            }
+        }
+        None
+    }
+
+    /// The next bytes: those that are there at once, in at most `most` frames, none empty. No frame at all: everything
+    /// has been handed on.
+    ///
+    /// # Errors
+    /// As [`Download::ready`].
     pub async fn frames(
         &mut self,
         most: usize,
         wanted: Wanted<'_>,
     ) -> Result<Vec<Bytes>, RemoteError> {
-        while self.at < self.end {
-            if let Some(trouble) = self.broken.take() {
-                self.resume(trouble, wanted).await?;
-            }
-            match self.batch(most).await {
-                Ok(frames) if frames.is_empty() => {}
-                Ok(frames) => return Ok(frames),
-                Err(trouble) => self.broken = Some(trouble),
+        while self.ready(wanted).await? {
+            let frames: Vec<_> = std::iter::from_fn(|| self.at_hand()).take(most).collect();
+            if !frames.is_empty() {
+                return Ok(frames);
             }
         }
         Ok(Vec::new())
     }
 
-    /// What is there at once, or comes first.
-    async fn batch(&mut self, most: usize) -> Result<Vec<Bytes>, Trouble> {
-        let limit = self.origin.store.stall_limit();
-        let asked = Instant::now();
-        let mut ready = (&mut self.body).ready_chunks(most);
-        let next = tokio::time::timeout(limit.saturating_sub(self.waited), ready.next()).await;
-        self.waited += asked.elapsed();
-        match next {
-            Err(_elapsed) => Err(self.stall(limit)),
-            Ok(None) => Err(Trouble {
-                reason: "short",
-                error: RemoteError::new(
-                    RemoteErrorKind::Unavailable,
-                    "read",
-                    "the body ended before its range did",
-                ),
-            }),
-            Ok(Some(frames)) => self.take(frames),
-        }
-    }
-
-    /// An error is put off until what came before it has been handed on.
-    fn take(&mut self, frames: Vec<Result<Bytes, RemoteError>>) -> Result<Vec<Bytes>, Trouble> {
-        let mut taken = Vec::with_capacity(frames.len());
-        let mut received = 0;
-        for frame in frames {
-            match frame {
-                Ok(mut bytes) => {
-                    received += bytes.len() as u64;
-                    let drop_now = self.skip.min(bytes.len() as u64);
-                    bytes.advance(usize::try_from(drop_now).expect("at most the frame's length"));
-                    self.skip -= drop_now;
-                    self.at += bytes.len() as u64;
-                    if !bytes.is_empty() {
-                        taken.push(bytes);
-                    }
-                }
-                Err(error) => {
-                    self.broken = Some(Trouble {
-                        reason: error.kind.label(),
-                        error,
-                    });
-                    break;
-                }
+    /// What of a frame is to be handed on. What ends the body is kept for [`Download::ready`].
+    fn take(&mut self, frame: Option<Result<Bytes, RemoteError>>) -> Option<Bytes> {
+        let mut bytes = match frame {
+            Some(Ok(bytes)) => bytes,
+            Some(Err(error)) => {
+                self.broken = Some(Trouble {
+                    reason: error.kind.label(),
+                    error,
+                });
+                return None;
             }
-        }
+            None => {
+                self.broken = Some(Trouble {
+                    reason: "short",
+                    error: RemoteError::new(
+                        RemoteErrorKind::Unavailable,
+                        "read",
+                        "the body ended before its range did",
+                    ),
+                });
+                return None;
+            }
+        };
+        let received = bytes.len() as u64;
         self.origin.origins.metrics.remote_bytes(received);
         self.brought += received;
         self.window += received;
@@ -220,13 +248,11 @@ impl Download {
             self.stalled = false;
             self.begin_window();
         }
-        match self.broken.take() {
-            Some(trouble) if taken.is_empty() => Err(trouble),
-            trouble => {
-                self.broken = trouble;
-                Ok(taken)
-            }
-        }
+        let drop_now = self.skip.min(received);
+        bytes.advance(usize::try_from(drop_now).expect("at most the frame's length"));
+        self.skip -= drop_now;
+        self.at += bytes.len() as u64;
+        (!bytes.is_empty()).then_some(bytes)
     }
 
     fn begin_window(&mut self) {
@@ -277,6 +303,7 @@ impl Download {
             .await?;
         self.origin.origins.metrics.resumed(reason);
         self.body = read.body.fuse();
+        self.is_dry = false;
         self.brought = 0;
         self.begin_window();
         self.skip = 0;

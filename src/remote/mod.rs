@@ -54,6 +54,9 @@ pub struct RemoteRead {
     pub range: Option<ByteRange>,
     /// Exactly `range`'s bytes in frames of the driver's size, or an error. A body that ends short
     /// or runs long yields an error, never a clean end. Dropping it abandons the connection.
+    ///
+    /// A frame may be empty: more can be had without waiting, and whoever is to take it may be another one than who waits
+    /// for it, on a thread that may block as well.
     pub body: BoxStream<'static, Result<Bytes, RemoteError>>,
 }
 

@@ -1,14 +1,15 @@
 //! S3 and whatever speaks its protocol: the only user of the AWS SDK.
 //!
-//! The SDK resolves credentials, signs, and moves bytes. What a response *means* is read here, from
+//! The SDK resolves credentials and signs. What a response *means* is read here, from
 //! its raw status and fields, because the SDK's types drop what we need (`GetObjectOutput` has no
 //! status; 304 and an empty 412 come as "unhandled") and refuse what we can live with (a malformed
 //! `Last-Modified` fails the whole GET). So each request carries a `Tap`, an interceptor that
-//! takes the response's head before the SDK looks at it, and the SDK is left with the body:
+//! takes the response's head before the SDK looks at it, and a success's body with it; the SDK is left with the body of
+//! an error. The bytes are moved by `wire`, which the SDK's own HTTP client would do with ten times the memory:
 //!
 //! ```text
-//! Remote method → request → SDK (credentials, signature, hyper) → Tap → Head
-//!                                                               ↘ SDK → body, or an S3 error code
+//! Remote method → request → SDK (credentials, signature) → wire → Tap → Head, and a success's body
+//!                                                                ↘ SDK → an S3 error code
 //! Head: success → check_range / check_whole → exact_body → RemoteRead
 //!       else    → classify → RemoteError
 //! ```
@@ -26,12 +27,16 @@
 //! still with `If-Match`. It and [`Remote::checksums`] are the only methods that can make two requests. Where the second
 //! succeeds after a 403, versions are not asked for again.
 
+mod wire;
+
 use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::fmt;
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime};
 
 use aws_config::environment::EnvironmentVariableRegionProvider;
@@ -54,18 +59,26 @@ use aws_sdk_s3::config::{
 };
 use aws_sdk_s3::error::{BoxError, ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::get_object::builders::GetObjectFluentBuilder;
-use aws_sdk_s3::primitives::{ByteStream, SdkBody};
+use aws_sdk_s3::primitives::SdkBody;
 use aws_sdk_s3::types::ChecksumMode;
 use aws_smithy_http_client::tls;
+use aws_smithy_runtime_api::client::http::{
+    HttpClient, HttpConnector, HttpConnectorFuture, HttpConnectorSettings, SharedHttpConnector,
+};
 use aws_smithy_runtime_api::client::interceptors::dyn_dispatch_hint;
+use aws_smithy_runtime_api::client::orchestrator::HttpRequest;
+use aws_smithy_runtime_api::client::result::ConnectorError;
 use aws_smithy_runtime_api::http::Headers;
 use bytes::Bytes;
-use futures::FutureExt as _;
 use futures::future::BoxFuture;
-use futures::stream::{self, BoxStream, StreamExt as _};
-use http_body_util::Limited;
+use futures::stream::BoxStream;
+use futures::{FutureExt as _, Stream};
+use http_body::Body as _;
+use http_body_util::{Empty, Limited};
 use parking_lot::Mutex;
+use tokio::time::{Instant, Sleep};
 
+use self::wire::{Wire, WireError};
 use super::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TRACEPARENT};
 use crate::object::{Checksum, ChecksumAlgorithm, Representation, Validator};
 use crate::semantics::{ByteRange, RangeSpec};
@@ -82,13 +95,6 @@ const MAX_USER_METADATA: usize = 8 * 1024;
 
 /// Most bytes of an error response that are read. S3's errors are below 2 KiB.
 const MAX_ERROR_BODY: usize = 64 * 1024;
-
-/// Idle connections kept: as many as GETs that a wide download has under way at once.
-const IDLE_CONNECTIONS: usize = 128;
-
-/// How long an idle connection is kept. S3 closes them after some 20 s; a request on one that is
-/// just being closed fails.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How long a start may wait for the instance's region, where nothing else names one.
 const IMDS_REGION_TIMEOUT: Duration = Duration::from_secs(2);
@@ -218,6 +224,7 @@ impl S3Remote {
             None => None,
         };
         let mut config = aws_sdk_s3::config::Builder::from(&shared)
+            .http_client(OverWire(Arc::clone(&transport.wire)))
             .force_path_style(settings.path_style)
             .retry_config(RetryConfig::disabled())
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
@@ -249,11 +256,12 @@ impl S3Remote {
         &self,
         op: &'static str,
         request: GetObjectFluentBuilder,
-    ) -> Result<(Head, ByteStream), Refusal> {
+    ) -> Result<(Head, wire::Body), Refusal> {
         let tap = Tap::default();
         let sent = request.customize().interceptor(tap.clone()).send();
-        let (head, output) = self.exchange(op, &tap, sent).await?;
-        Ok((head, output.body))
+        let (head, _) = self.exchange(op, &tap, sent).await?;
+        let body = tap.body();
+        Ok((head, body.expect("every success has its body set aside")))
     }
 
     /// Waits for the response's head and, for an error, its body.
@@ -270,10 +278,7 @@ impl S3Remote {
             let detail = format!("no response within {:?}", self.first_byte_timeout);
             return Err(RemoteError::new(RemoteErrorKind::Timeout, op, detail).into());
         };
-        let Tapped {
-            head,
-            access_key_id,
-        } = tap.take();
+        let (head, access_key_id) = tap.head();
         match (head, result) {
             (Some(head), Ok(output)) => Ok((head, output)),
             (Some(head), Err(error)) => Err(Refusal::of_response(
@@ -523,6 +528,7 @@ impl Remote for S3Remote {
 /// the standard chain, so that a thousand buckets ask for them as often as one. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Transport {
+    wire: Arc<Wire>,
     http_client: SharedHttpClient,
     chains: Arc<tokio::sync::Mutex<HashMap<Chain, SdkConfig>>>,
 }
@@ -538,6 +544,7 @@ struct Chain {
 impl Default for Transport {
     fn default() -> Self {
         Self {
+            wire: Arc::default(),
             http_client: http_client(),
             chains: Arc::default(),
         }
@@ -588,14 +595,75 @@ impl Transport {
     }
 }
 
+/// The SDK's way to the wire.
+#[derive(Clone, Debug)]
+struct OverWire(Arc<Wire>);
+
+impl HttpClient for OverWire {
+    fn http_connector(
+        &self,
+        settings: &HttpConnectorSettings,
+        _: &RuntimeComponents,
+    ) -> SharedHttpConnector {
+        SharedHttpConnector::new(WireConnector {
+            wire: Arc::clone(&self.0),
+            connect_timeout: settings.connect_timeout(),
+        })
+    }
+}
+
+#[derive(Debug)]
+struct WireConnector {
+    wire: Arc<Wire>,
+    connect_timeout: Option<Duration>,
+}
+
+/// A success's body, past the SDK, which would hide what it can do.
+#[derive(Clone)]
+struct Aside(Arc<Mutex<Option<wire::Body>>>);
+
+impl HttpConnector for WireConnector {
+    fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
+        let (wire, timeout) = (Arc::clone(&self.wire), self.connect_timeout);
+        HttpConnectorFuture::new(async move {
+            let request = request
+                .try_into_http1x()
+                .map_err(|error| ConnectorError::user(error.into()))?;
+            // A GET or HEAD: there is nothing to send but the head.
+            let request = request.map(|_nothing| Empty::new());
+            let response = wire.send(request, timeout).await.map_err(connector_error)?;
+            let (head, body) = response.into_parts();
+            let (body, aside) = if head.status.is_success() {
+                let aside = Aside(Arc::new(Mutex::new(Some(body))));
+                (SdkBody::empty(), Some(aside))
+            } else {
+                (SdkBody::from_body_1_x(body), None)
+            };
+            let mut response = HttpResponse::try_from(http::Response::from_parts(head, body))
+                .map_err(|error| ConnectorError::other(error.into(), None))?;
+            if let Some(aside) = aside {
+                response.add_extension(aside);
+            }
+            Ok(response)
+        })
+    }
+}
+
+fn connector_error(error: WireError) -> ConnectorError {
+    match &error {
+        WireError::Uri(_) | WireError::Roots(_) => ConnectorError::user(error.into()),
+        WireError::ConnectTimeout(_) => ConnectorError::timeout(error.into()),
+        WireError::Connect(_) | WireError::Http(_) => ConnectorError::io(error.into()),
+    }
+}
+
+/// For credentials: the metadata services, STS, SSO.
 fn http_client() -> SharedHttpClient {
     // The default TLS context trusts the system's certificates and honours SSL_CERT_FILE.
     aws_smithy_http_client::Builder::new()
         .tls_provider(tls::Provider::Rustls(
             tls::rustls_provider::CryptoMode::Ring,
         ))
-        .pool_max_idle_per_host(IDLE_CONNECTIONS)
-        .pool_idle_timeout(IDLE_TIMEOUT)
         .build_https()
 }
 
@@ -700,13 +768,20 @@ struct Tap(Arc<Mutex<Tapped>>);
 #[derive(Debug, Default)]
 struct Tapped {
     head: Option<Head>,
+    /// Of a success.
+    body: Option<wire::Body>,
     /// What the request was signed with: servers repeat it in their messages.
     access_key_id: Option<String>,
 }
 
 impl Tap {
-    fn take(&self) -> Tapped {
-        std::mem::take(&mut *self.0.lock())
+    fn head(&self) -> (Option<Head>, Option<String>) {
+        let mut tapped = self.0.lock();
+        (tapped.head.take(), tapped.access_key_id.take())
+    }
+
+    fn body(&self) -> Option<wire::Body> {
+        self.0.lock().body.take()
     }
 }
 
@@ -753,10 +828,13 @@ impl Intercept for Tap {
     ) -> Result<(), BoxError> {
         // Before the SDK's own interceptors, which drop what they cannot parse (`Expires: 0`).
         let response = context.response();
-        self.0.lock().head = Some(Head {
+        let mut tapped = self.0.lock();
+        tapped.head = Some(Head {
             status: response.status().as_u16(),
             headers: response.headers().clone(),
         });
+        let aside = response.extension::<Aside>();
+        tapped.body = aside.and_then(|aside| aside.0.lock().take());
         Ok(())
     }
 
@@ -1306,10 +1384,16 @@ fn chain<'a>(
 
 // === the body ===
 
+/// A response's body against what its head announced.
 struct Body {
-    bytes: ByteStream,
+    bytes: wire::Body,
     left: u64,
     stall_timeout: Duration,
+    /// When something came last.
+    heard: Instant,
+    /// Fires no earlier than the time is up; made when the body is waited for first.
+    silence: Option<Pin<Box<Sleep>>>,
+    is_over: bool,
     op: &'static str,
 }
 
@@ -1317,50 +1401,77 @@ struct Body {
 /// after silence, [`RemoteErrorKind::Unavailable`] on a reset or an early end,
 /// [`RemoteErrorKind::Protocol`] on a byte too many.
 fn exact_body(
-    bytes: ByteStream,
+    bytes: wire::Body,
     len: u64,
     stall_timeout: Duration,
     op: &'static str,
 ) -> BoxStream<'static, Result<Bytes, RemoteError>> {
-    let body = Body {
+    Box::pin(Body {
         bytes,
         left: len,
         stall_timeout,
+        heard: Instant::now(),
+        silence: None,
+        is_over: false,
         op,
-    };
-    stream::unfold(Some(body), |body| async move {
-        let mut body = body?;
-        match body.frame().await {
-            Ok(frame) => frame.map(|frame| (Ok(frame), Some(body))),
-            Err(error) => Some((Err(error), None)),
-        }
     })
-    .boxed()
+}
+
+impl Stream for Body {
+    type Item = Result<Bytes, RemoteError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.is_over {
+            return Poll::Ready(None);
+        }
+        let item = loop {
+            match Pin::new(&mut self.bytes).poll_frame(cx) {
+                Poll::Pending => break Err(ready!(self.poll_silence(cx))),
+                Poll::Ready(None) if self.left == 0 => {
+                    self.is_over = true;
+                    return Poll::Ready(None);
+                }
+                Poll::Ready(None) => break Err(self.cut()),
+                Poll::Ready(Some(Err(error))) => break Err(self.cut().with_source(error)),
+                Poll::Ready(Some(Ok(frame))) => {
+                    // What is no data is a trailer.
+                    let Ok(bytes) = frame.into_data() else {
+                        continue;
+                    };
+                    self.heard = Instant::now();
+                    let Some(left) = self.left.checked_sub(bytes.len() as u64) else {
+                        break Err(protocol(
+                            self.op,
+                            "the body is longer than the range it was sent for",
+                        ));
+                    };
+                    self.left = left;
+                    break Ok(bytes);
+                }
+            }
+        };
+        self.is_over = item.is_err();
+        Poll::Ready(Some(item))
+    }
 }
 
 impl Body {
-    /// The next frame that is not empty; `None` at the end.
-    async fn frame(&mut self) -> Result<Option<Bytes>, RemoteError> {
-        loop {
-            let Ok(frame) = tokio::time::timeout(self.stall_timeout, self.bytes.next()).await
-            else {
+    /// Ready when nothing has come for too long.
+    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<RemoteError> {
+        let due = self.heard + self.stall_timeout;
+        let silence = self
+            .silence
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+        // One timer for the whole body: it is set anew when it fires, not whenever something comes.
+        while silence.as_mut().poll(cx).is_ready() {
+            if silence.deadline() >= due {
                 let (stall, left) = (self.stall_timeout, self.left);
                 let detail = format!("no byte for {stall:?} with {left} bytes to come");
-                return Err(RemoteError::new(RemoteErrorKind::Timeout, self.op, detail));
-            };
-            match frame {
-                None if self.left == 0 => return Ok(None),
-                None => return Err(self.cut()),
-                Some(Err(error)) => return Err(self.cut().with_source(error)),
-                Some(Ok(frame)) if frame.is_empty() => {}
-                Some(Ok(frame)) => {
-                    self.left = self.left.checked_sub(frame.len() as u64).ok_or_else(|| {
-                        protocol(self.op, "the body is longer than the range it was sent for")
-                    })?;
-                    return Ok(Some(frame));
-                }
+                return Poll::Ready(RemoteError::new(RemoteErrorKind::Timeout, self.op, detail));
             }
+            silence.as_mut().reset(due);
         }
+        Poll::Pending
     }
 
     fn cut(&self) -> RemoteError {

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::StreamExt as _;
 use futures::future::join_all;
 use pinrange::disk::{DiskConfig, DiskError, DiskTier, FileExtent, MinFree, PurgeTarget, Step};
 use pinrange::fill::{FillError, FillSettings, FillSource, Filler, Follow, Span};
@@ -591,6 +592,35 @@ async fn a_labelled_read_is_kept_unless_others_have_its_bytes() {
     assert!(!adopt(purged_since, era), "there was a purge meanwhile");
     let held = world.disk.load(&world.source.revision).await;
     assert!(held.is_none(), "what was purged stays away");
+}
+
+#[tokio::test]
+async fn the_first_bytes_are_told_of_while_more_are_at_hand() {
+    let world = World::new(PART, 1);
+    let head = Some(RangeSpec::Closed {
+        first: 0,
+        last: PART - 1,
+    });
+    let mut read = world.read_current(head).await;
+    let (seen, wait) = std::sync::mpsc::channel();
+    let mut frames = 0;
+    let body = read.body.inspect(move |_frame| {
+        frames += 1;
+        if frames == 2 {
+            // All of it is at hand, and the thread that writes is held up here until somebody has the first frame.
+            wait.recv_timeout(Duration::from_mins(1)).unwrap();
+        }
+    });
+    read.body = body.boxed();
+    let era = world.filler.era();
+    let mut follow = world.filler.adopt(&world.source, read, era).unwrap();
+
+    let extent = soon(follow.extent(range(0, PART))).await.unwrap().unwrap();
+    assert!(extent.len() < PART);
+    assert!(self::read(&extent) == world.slice(0, extent.len()));
+    seen.send(()).unwrap();
+    let sent = soon(world.send(vec![follow], range(0, PART))).await;
+    assert!(sent.unwrap() == world.slice(0, PART));
 }
 
 #[tokio::test]

@@ -144,9 +144,7 @@ fn write_watched(
         let Ok(reservation) = disk.reserve(end - start).await else {
             return;
         };
-        let Ok(mut writer) = held.writer(range(start, end), reservation).await else {
-            return;
-        };
+        let mut writer = held.writer(range(start, end), reservation);
         let view = writer.view();
         watch(writer.view());
         let body = Bytes::from(bytes(start, end));

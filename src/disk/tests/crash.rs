@@ -535,10 +535,7 @@ async fn whenever_the_power_goes_no_row_is_without_its_data() {
         recorder.promise("grown", range(0, stretch.end()));
     }
     let reservation = tier.reserve(SEGMENT).await.unwrap();
-    let mut writer = grown
-        .writer(range(SEGMENT, 2 * SEGMENT), reservation)
-        .await
-        .unwrap();
+    let mut writer = grown.writer(range(SEGMENT, 2 * SEGMENT), reservation);
     let bytes = body("grown", 2 * SEGMENT);
     let begun = Bytes::copy_from_slice(&bytes[SEGMENT as usize..(SEGMENT + BLOCK + 100) as usize]);
     writer.write(vec![begun]).await.unwrap();

@@ -372,7 +372,7 @@ async fn two_files_that_contradict_each_other_have_no_checksum() {
     tier.flush().await.unwrap();
     // A second copy of a block, of other bytes: as if S3 had sent two things under one validator.
     let reservation = tier.reserve(BLOCK).await.unwrap();
-    let mut writer = held.writer(range(0, BLOCK), reservation).await.unwrap();
+    let mut writer = held.writer(range(0, BLOCK), reservation);
     writer
         .write(vec![Bytes::from(vec![9; BLOCK as usize])])
         .await
