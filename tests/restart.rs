@@ -452,7 +452,7 @@ async fn a_successor_that_dies_on_its_way_is_not_missed() {
     let pin_new = format!("If-Match: {}\r\n", answer.field("etag"));
     let purged = http::ask(world.admin, purge);
     assert_eq!(purged.status, 200);
-    assert!(purged.body.starts_with(b"{\"bytes\":10"), "{purged:?}");
+    assert!(purged.body.starts_with(b"{\"bytes\":4096"), "{purged:?}");
     assert_eq!(serving.stop().code(), Some(0));
 
     // What was fetched after that was stored, durably, and the purge too.
@@ -919,5 +919,27 @@ async fn systemd_passes_both_sockets_by_name() {
     assert_eq!(http::get(data, "/m/object", "").status, 200);
     assert_eq!(http::get(admin, "/readyz", "").status, 200);
     assert!(TcpStream::connect(world.data).is_err());
+    assert_eq!(serving.stop().code(), Some(0));
+}
+
+/// What was held is not served any more, and whoever changed the setting is told so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_block_size_is_told_at_the_start() {
+    let world = World::new().await;
+    world.put("object", &[7; 300_000]);
+    let serving = world.start();
+    assert_eq!(http::get(serving.data, "/m/object", "").status, 200);
+    assert_eq!(serving.stop().code(), Some(0));
+    let mut command = world.command();
+    command.env("PINRANGE_CACHE__BLOCK_SIZE", "128KiB");
+    let serving = Serving::start(&mut command);
+    let told = "cache.block_size was changed";
+    serving.process.wait_for(told);
+    let log = serving.process.stderr();
+    let line = log.lines().find(|line| line.contains(told)).unwrap();
+    // 300,000 in whole blocks of 4 KiB.
+    for said in ["bytes=303104", "before=262144", "now=131072"] {
+        assert!(line.contains(said), "{line}");
+    }
     assert_eq!(serving.stop().code(), Some(0));
 }

@@ -145,6 +145,7 @@ impl Pinrange {
             let head = Head {
                 name,
                 bytes,
+                content: bytes,
                 served,
                 in_use: false,
             };

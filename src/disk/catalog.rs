@@ -125,11 +125,14 @@ END;
 /// remote is down; beyond this the ones not asked about for longest go.
 const MAX_OBJECTS: i64 = 1_000_000;
 
-/// Batches after which the log is moved into the database.
-const CHECKPOINT_COMMITS: u32 = if cfg!(test) { 4 } else { 64 };
+/// Bytes of the log from which the durability thread moves it into the database, beside everybody else. The file
+/// keeps as many when the log begins anew. What is left is what a start has to read.
+pub(super) const LOG_MOVED_FROM: u64 = if cfg!(test) { 64 << 10 } else { 2 << 20 };
 
-/// Blocks covered after which it is: each may have changed five pages of 4 KiB, in a catalog of millions, where no two share one.
-const CHECKPOINT_BLOCKS: usize = 2048;
+/// Pages of the log, of 4 KiB, from which a commit moves it itself before the catalog's lock is given up. Moving beside
+/// commits never ends while they keep coming: SQLite begins a log anew only once all of it has been moved, and
+/// each commit meanwhile adds to it. Most of it has been moved by then, so this one is short.
+pub(super) const LOG_PAGES: u32 = 2048;
 
 /// How long a connection waits for another one of this process. Only a checkpoint can be in the way, and briefly.
 const BUSY: Duration = Duration::from_secs(5);
@@ -199,6 +202,8 @@ pub(super) struct Candidate {
     pub(super) id: SegmentId,
     pub(super) revision: Revision,
     pub(super) bytes: u64,
+    /// Those of them that can be sent.
+    pub(super) content: u64,
     pub(super) place: u64,
     pub(super) served: u64,
 }
@@ -301,6 +306,8 @@ pub(super) struct Start {
     pub(super) last_place: u64,
     /// Revisions up to this id are older than this run.
     pub(super) last_revision: i64,
+    /// The unit of coverage of the newest revision; `None`: there is none.
+    pub(super) last_block_size: Option<u64>,
     /// What the policy remembered at the last orderly end; nothing after another.
     pub(super) ghosts: Vec<u8>,
 }
@@ -428,11 +435,9 @@ impl Catalog {
 
     /// A second connection, for checkpoints: they sync, and must not hold the lock meanwhile.
     pub(super) fn checkpointer(dir: &Path) -> Result<Checkpointer, DiskError> {
-        let connection = second(dir)?;
         Ok(Checkpointer {
-            connection,
-            commits: 0,
-            blocks: 0,
+            connection: second(dir)?,
+            log: dir.join(format!("{FILE}-wal")),
         })
     }
 
@@ -585,6 +590,13 @@ impl Db {
                 main_bytes: unsigned(meta(tx, "main_bytes")?),
                 last_place: unsigned(last_place),
                 last_revision: last_revision(tx)?,
+                last_block_size: tx
+                    .query_row(
+                        "SELECT block_size FROM revisions ORDER BY id DESC LIMIT 1",
+                        [],
+                        |row| row.get(0).map(unsigned),
+                    )
+                    .optional()?,
                 ghosts: ghosts.unwrap_or_default(),
             })
         })
@@ -765,18 +777,26 @@ impl Db {
             connection
                 .prepare_cached(
                     "SELECT s.revision, s.idx, s.incarnation, s.bytes, s.served,
-                        r.store, r.key, r.validator, s.place
+                        r.store, r.key, r.validator, s.place, r.size, r.block_size, r.segment_size
                      FROM segments s JOIN revisions r ON r.id = s.revision
                      WHERE s.queue = ?1 AND s.place >= ?2 ORDER BY s.place LIMIT ?3",
                 )?
                 .query_map(params![number(queue), signed(place), limit], |row| {
+                    let id = SegmentId {
+                        revision: row.get(0)?,
+                        idx: unsigned(row.get(1)?),
+                        incarnation: incarnation(row, 2)?,
+                    };
+                    let geometry = Geometry {
+                        size: unsigned(row.get(9)?),
+                        block_size: unsigned(row.get(10)?),
+                        segment_size: unsigned(row.get(11)?),
+                    };
+                    let bytes = unsigned(row.get(3)?);
                     Ok(Candidate {
-                        id: SegmentId {
-                            revision: row.get(0)?,
-                            idx: unsigned(row.get(1)?),
-                            incarnation: incarnation(row, 2)?,
-                        },
-                        bytes: unsigned(row.get(3)?),
+                        id,
+                        bytes,
+                        content: geometry.content(id.idx, bytes),
                         served: unsigned(row.get(4)?),
                         place: unsigned(row.get(8)?),
                         revision: revision_at(row, 5)?,
@@ -1050,6 +1070,18 @@ impl Reader {
         })
     }
 
+    /// Bytes that are held in blocks of another size. Looks at every row.
+    pub(super) fn bytes_in_other_blocks(&self, block_size: u64) -> Result<u64, DiskError> {
+        self.read(|connection| {
+            connection.query_row(
+                "SELECT coalesce(sum(s.bytes), 0) FROM revisions r
+                 JOIN segments s ON s.revision = r.id WHERE r.block_size <> ?1",
+                [signed(block_size)],
+                |row| row.get(0).map(unsigned),
+            )
+        })
+    }
+
     fn read<T>(
         &self,
         work: impl FnOnce(&Connection) -> rusqlite::Result<T>,
@@ -1061,22 +1093,18 @@ impl Reader {
 /// Moves committed pages from the log into the database, beside readers and writers.
 pub(super) struct Checkpointer {
     connection: Connection,
-    commits: u32,
-    blocks: usize,
+    log: PathBuf,
 }
 
 impl Checkpointer {
-    /// To be asked after each batch; `blocks` is how many it covered. A start has to read the log that is left, so it
-    /// must not become long.
-    pub(super) fn is_due(&mut self, blocks: usize) -> bool {
-        self.commits += 1;
-        self.blocks += blocks;
-        self.commits >= CHECKPOINT_COMMITS || self.blocks >= CHECKPOINT_BLOCKS
+    /// To be asked after each batch. What wrote the log does not matter: admissions, checksums of wholes and the scrubber
+    /// commit beside the batches.
+    pub(super) fn is_due(&self) -> bool {
+        fs::metadata(&self.log).is_ok_and(|log| log.len() > LOG_MOVED_FROM)
     }
 
     /// Moves pages. A failure only lets the log grow: the next time tries again.
-    pub(super) fn run(&mut self) {
-        (self.commits, self.blocks) = (0, 0);
+    pub(super) fn run(&self) {
         let moved = self
             .connection
             .query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
@@ -1109,7 +1137,9 @@ fn connect(dir: &Path) -> Result<Connection, Refused> {
     }
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "NORMAL")?;
-    connection.pragma_update(None, "wal_autocheckpoint", 0)?;
+    connection.pragma_update(None, "wal_autocheckpoint", LOG_PAGES)?;
+    // Down to which the file is cut when the log begins anew.
+    connection.pragma_update(None, "journal_size_limit", signed(LOG_MOVED_FROM))?;
     for (index, migration) in MIGRATIONS.iter().enumerate().skip(applied) {
         let tx = connection.transaction()?;
         tx.execute_batch(migration)?;
@@ -1215,7 +1245,7 @@ fn failed(dir: &Path, error: &rusqlite::Error) -> DiskError {
     {
         tracing::error!(
             %error,
-            "the catalog is damaged: it is set aside, and an empty one begun"
+            "the catalog is damaged: in a moment it will be set aside, and an empty one begun"
         );
     }
     catalog_error(error)

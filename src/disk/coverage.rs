@@ -54,6 +54,23 @@ impl Geometry {
         narrow(bytes.div_ceil(self.block_size))
     }
 
+    /// Bytes that a stretch counts, of whole blocks but for the revision's end: what it takes on disk.
+    pub(super) fn taken(&self, bytes: u64) -> u64 {
+        taken(self.block_size, bytes)
+    }
+
+    /// How many of the bytes that a file of segment `idx` counts can be sent.
+    pub(super) fn content(&self, idx: u64, taken: u64) -> u64 {
+        let is_last = self.segment_end(idx) == self.size;
+        // Recorded before the end of a file counted as a whole block, or without the revision's end.
+        let is_exact = !is_last || !taken.is_multiple_of(self.taken(1));
+        if is_exact {
+            taken
+        } else {
+            taken.saturating_sub(self.taken(self.size) - self.size)
+        }
+    }
+
     /// Where the first `blocks` blocks of segment `idx` end.
     pub(super) fn blocks_end(&self, idx: u64, blocks: u32) -> u64 {
         let start = self.segment_start(idx);
@@ -61,6 +78,15 @@ impl Geometry {
             .saturating_add(u64::from(blocks) * self.block_size)
             .min(self.segment_end(idx))
     }
+}
+
+/// The least that a file system gives a file with bytes in it, on nearly all of them.
+const LEAST: u64 = 4096;
+
+/// What `bytes` of a file take on disk, in blocks of `block_size` (which only tests have smaller than a file system's).
+pub(super) fn taken(block_size: u64, bytes: u64) -> u64 {
+    let least = LEAST.min(block_size);
+    bytes.checked_next_multiple_of(least).unwrap_or(bytes)
 }
 
 /// Block counts fit, because a segment is at most 64 MiB or one block.

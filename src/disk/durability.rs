@@ -249,7 +249,7 @@ impl QueueState {
 }
 
 /// The thread's work, until the queue is closed.
-pub(super) fn run(shared: &Arc<Shared>, mut checkpointer: Checkpointer) {
+pub(super) fn run(shared: &Arc<Shared>, checkpointer: &Checkpointer) {
     // Whoever waits must hear of it if this thread panics.
     let _close = CloseOnExit(&shared.queue);
     while let Some(mut work) = shared.queue.next() {
@@ -259,7 +259,6 @@ pub(super) fn run(shared: &Arc<Shared>, mut checkpointer: Checkpointer) {
         } else {
             Commit::Durable
         };
-        let segments = work.blocks.len();
         // While it is overdue no more is taken on that would have to wait here too.
         let _busy = shared
             .watch
@@ -268,7 +267,7 @@ pub(super) fn run(shared: &Arc<Shared>, mut checkpointer: Checkpointer) {
         if settled.is_ok() {
             shared.reached(Step::Recorded);
         }
-        if checkpointer.is_due(segments) {
+        if checkpointer.is_due() {
             shared.reached(Step::Checkpointing);
             checkpointer.run();
             shared.reached(Step::Checkpointed);

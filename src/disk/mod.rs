@@ -87,12 +87,13 @@ use crate::object::{Checksum, ObjectKey, Representation};
 pub struct DiskConfig {
     /// The cache directory; made if it is missing.
     pub dir: PathBuf,
-    /// Most bytes that segments may take, unlinked but open ones included.
+    /// Most bytes that segments may take, unlinked but open ones included, the end of each rounded up to 4 KiB. What an earlier
+    /// run held beyond it is evicted after the start.
     pub capacity: u64,
     /// Bytes of the file system to leave free.
     pub min_free: MinFree,
     /// Unit of coverage in bytes; a power of two. Revisions stored with another one are not found,
-    /// and make room when their turn comes, since nobody reads them.
+    /// and make room when their turn comes, since nobody reads them. The start logs how many bytes that are.
     pub block_size: u64,
     /// Bytes per second that the scrubber may read; 0: it does not run.
     pub scrub_rate: u64,
@@ -235,7 +236,7 @@ pub struct Swept {
 /// A snapshot of the tier's counters for metrics.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DiskStats {
-    /// Bytes that count against the capacity: present, reserved, unlinked but open.
+    /// Bytes that count against the capacity: present, reserved, unlinked but open; in whole blocks of 4 KiB.
     pub used_bytes: u64,
     /// The capacity.
     pub capacity_bytes: u64,

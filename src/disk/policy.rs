@@ -97,6 +97,8 @@ pub struct Head {
     pub name: u64,
     /// Bytes that would be free without it.
     pub bytes: u64,
+    /// Bytes that can be sent from it: not more than that.
+    pub content: u64,
     /// Bytes sent from it, as the last verdict set it and counted on since.
     pub served: u64,
     /// Somebody has it open, so that letting it go would free nothing.
@@ -232,7 +234,7 @@ impl Round {
         let verdict = match queue {
             Queue::Small if visits > 0 || std::mem::take(&mut policy.vacancy) => Verdict::Move {
                 to: Queue::Main,
-                served: visits.max(1) * head.bytes,
+                served: visits.max(1) * head.content,
             },
             Queue::Small => {
                 policy.ghosts.add(head.name, head.bytes);
@@ -252,7 +254,7 @@ impl Round {
                     self.spared += 1;
                     Verdict::Move {
                         to: Queue::Main,
-                        served: visits * head.bytes,
+                        served: visits * head.content,
                     }
                 } else {
                     policy.vacancy |= challenged;
@@ -273,7 +275,7 @@ impl Round {
 
 /// Visits after the first, to the nearest whole one.
 fn visits(head: Head) -> u64 {
-    let bytes = head.bytes.max(1);
+    let bytes = head.content.max(1);
     (head.served.saturating_add(bytes / 2) / bytes).saturating_sub(1)
 }
 
@@ -370,6 +372,7 @@ mod tests {
         Head {
             name,
             bytes: 10,
+            content: 10,
             served,
             in_use: false,
         }
@@ -547,6 +550,7 @@ mod tests {
                 let head = Head {
                     name: looks,
                     bytes: segment.bytes,
+                    content: segment.bytes,
                     served: segment.served,
                     in_use: segment.in_use,
                 };

@@ -41,6 +41,9 @@ const EVERY: Duration = Duration::from_secs(1);
 /// Bytes that the catalog may need: its log, and what a migration writes.
 const CATALOG_NEEDS: u64 = 4 << 20;
 
+/// Files that the catalog may need: itself, its log, the index over that, and a mark.
+const CATALOG_FILES: u64 = 4;
+
 /// What is written to see whether the disk takes writes.
 const PROBE: &str = "probe";
 
@@ -203,6 +206,8 @@ impl DiskTier {
         shared.catalog.replace(catalog);
         shared.queue.reopen();
         shared.scrubber.resume();
+        // That of the catalog before; a run has been begun in this one.
+        shared.unrecorded.over();
         // First, for the threads end where the tier is out.
         shared.keeper.state.lock().out = None;
         self.begin(&start, checkpointer)
@@ -246,7 +251,8 @@ impl Shared {
 
     /// Whether the catalog may find no room for what it writes.
     pub(super) fn is_full(&self) -> bool {
-        (self.file_system)(&self.dir).is_ok_and(|(_total, available)| available < CATALOG_NEEDS)
+        (self.file_system)(&self.dir)
+            .is_ok_and(|space| space.available < CATALOG_NEEDS || space.files < CATALOG_FILES)
     }
 
     /// Why what is open here is not what the directory has; `None`: all is well, or nobody can tell.
@@ -298,6 +304,9 @@ impl Shared {
         self.clear_away();
         if self.trouble.is_due() {
             let _busy = self.watch.begin("write", self.watch.limits.sync);
+            // On a disk that our own files fill nobody else makes room, and reservations, which do, are refused. If there
+            // is none to be made the write says so.
+            let _ = self.make_room(self.block_size);
             let path = self.dir.join(PROBE);
             let written = File::create(&path)
                 .and_then(|mut file| {
@@ -307,12 +316,13 @@ impl Shared {
                 .and_then(|()| fs::remove_file(&path));
             match written {
                 Ok(()) => self.trouble.over(),
-                Err(error) => self.trouble.note("write", &path, &error),
+                Err(error) => self.trouble.note("write", &path, &self.not_made(error)),
             }
         }
         if self.crowded.is_due()
             && let Ok(look) = self.look_at_free_space()
             && look.spare > i128::from(self.block_size)
+            && look.files > 0
         {
             self.crowded.over();
         }
@@ -343,7 +353,7 @@ impl Shared {
         tracing::error!(
             directory = %self.dir.display(), reason = why,
             "cannot open the cache directory: serving past it, and trying again every second; \
-             check free space, mounts and the kernel log"
+             check free space, free inodes, mounts and the kernel log"
         );
         state.out = Some(why);
     }

@@ -1,4 +1,5 @@
-//! What an earlier run left over is found and reclaimed, once after each start.
+//! What an earlier run left over is found and reclaimed, once after each start. (The thread first evicts what is held
+//! beyond a capacity that was lowered: [`Shared::shrink`].)
 //!
 //! A crash parts what belongs together (ADR 8): a file whose row was not committed or is gone, a row whose file is
 //! gone, a revision without a byte. None of these is ever served, but files take room that nobody counts and rows count

@@ -29,8 +29,10 @@ use rustix::fs::FlockOperation;
 use tokio::sync::{mpsc, oneshot};
 
 use super::catalog::{
-    Candidate, Catalog, Checkpointer, Db, Left, Moved, ScrubRow, SegmentId, Start, StoredRevision,
+    Candidate, Catalog, Checkpointer, Db, Left, Moved, Reader, ScrubRow, SegmentId, Start,
+    StoredRevision,
 };
+use super::coverage;
 use super::durability::{self, KernelSync, Queue, Syncer};
 use super::failpoint::{self, Step};
 use super::held::{HeldRevision, Segment, SegmentKey};
@@ -69,6 +71,12 @@ const FREE_SPACE_FOR: Duration = Duration::from_secs(1);
 const COMPLETIONS: usize = 1024;
 /// Files that could not be removed, and are remembered. Each takes 16 bytes here, and mostly 64 MiB there.
 const MAX_LEFT_OVER: usize = 64 << 10;
+
+/// Files (inodes) that the file system is to be able to take, beyond those of writers: the catalog's, and somebody else's.
+const FILES_KEPT: u64 = 64;
+
+/// Segments that a start evicts in one go, for want of capacity.
+const SHRINK_STEP: u64 = 16;
 
 /// Rows of a queue that eviction reads in one go.
 const HEADS: u32 = 64;
@@ -113,6 +121,8 @@ pub(super) struct Shared {
     closing: Mutex<()>,
     pub(super) policy: Mutex<Policy>,
     pub(super) free_space: Mutex<Option<FreeSpace>>,
+    /// Segment files made since the start, without those removed.
+    pub(super) files_made: AtomicI64,
     pub(super) clock: AtomicU64,
     pub(super) random: File,
     /// The low half of every incarnation of this run: leftovers of earlier ones are told by it.
@@ -151,10 +161,25 @@ pub(super) struct FreeSpace {
     pub(super) spare: i128,
     /// The account at that time.
     used: u64,
+    /// Files that could be made beyond [`FILES_KEPT`]; below 0 where there were not as many.
+    pub(super) files: i128,
+    /// [`Shared::files_made`] at that time.
+    made: i64,
 }
 
-/// Bytes of the file system that a directory lies in: all, and those that are left to us.
-pub(super) type FileSystem = Box<dyn Fn(&Path) -> io::Result<(u64, u64)> + Send + Sync>;
+/// Asks what the file system has that a directory lies in.
+pub(super) type FileSystem = Box<dyn Fn(&Path) -> io::Result<Space> + Send + Sync>;
+
+/// What a file system has.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Space {
+    /// Bytes in all.
+    pub(super) total: u64,
+    /// Bytes that are left to us.
+    pub(super) available: u64,
+    /// Files that can still be made (free inodes); `u64::MAX`: it does not count them.
+    pub(super) files: u64,
+}
 
 /// What tests change.
 pub(super) struct Seams {
@@ -178,7 +203,15 @@ impl Default for Seams {
             limits: Limits::default(),
             file_system: Box::new(|dir| {
                 let stat = rustix::fs::statvfs(dir)?;
-                Ok((stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize))
+                Ok(Space {
+                    total: stat.f_blocks * stat.f_frsize,
+                    available: stat.f_bavail * stat.f_frsize,
+                    files: if stat.f_files == 0 {
+                        u64::MAX
+                    } else {
+                        stat.f_favail
+                    },
+                })
             }),
             revisions_in_memory: REVISIONS_IN_MEMORY,
             max_open_files: quarter.clamp(16, 1 << 16),
@@ -239,6 +272,7 @@ impl DiskTier {
             closing: Mutex::new(()),
             policy: Mutex::new(policy),
             free_space: Mutex::new(None),
+            files_made: AtomicI64::new(0),
             clock: AtomicU64::new(1),
             run_mark: AtomicU64::new(0),
             random,
@@ -290,14 +324,21 @@ impl DiskTier {
         let me = Arc::clone(&self.shared);
         *self.worker.lock() = Some(spawn(
             "disk-durability",
-            Box::new(move || durability::run(&me, checkpointer)),
+            Box::new(move || durability::run(&me, &checkpointer)),
         )?);
         let last_revision = start.last_revision;
         let me = Arc::clone(&self.shared);
+        let other_blocks = start.last_block_size.filter(|size| *size != me.block_size);
         let reader = Catalog::reader(&me.dir)?;
         *self.sweeper.lock() = Some(spawn(
             "disk-sweep",
-            Box::new(move || sweep::run(&me, &reader, last_revision)),
+            Box::new(move || {
+                if let Some(before) = other_blocks {
+                    me.tell_of_other_blocks(&reader, before);
+                }
+                me.shrink();
+                sweep::run(&me, &reader, last_revision);
+            }),
         )?);
         let me = Arc::clone(&self.shared);
         *self.scrub.lock() = Some(spawn("disk-scrub", Box::new(move || scrub::run(&me)))?);
@@ -440,9 +481,8 @@ impl DiskTier {
         {
             return Err(DiskError::NoRoom);
         }
-        if shared
-            .recent_spare()
-            .is_some_and(|spare| spare >= i128::from(bytes))
+        let bytes = coverage::taken(shared.block_size, bytes);
+        if shared.has_recent_spare(bytes)
             && let Some(reservation) = shared.room.reserve(bytes)
         {
             return Ok(reservation);
@@ -962,6 +1002,7 @@ impl Shared {
         let path = self.segment_path(incarnation);
         match fs::remove_file(&path) {
             Ok(()) => {
+                self.files_made.fetch_sub(1, Ordering::Relaxed);
                 self.reached(Step::Unlinked);
                 Ok(true)
             }
@@ -1109,15 +1150,18 @@ impl Shared {
         }
     }
 
-    fn make_room(&self, bytes: u64) -> Result<Reservation, DiskError> {
+    pub(super) fn make_room(&self, bytes: u64) -> Result<Reservation, DiskError> {
         let _one_at_a_time = self.evictor.lock();
         let look = self.look_at_free_space()?;
         let mut flushed = false;
         loop {
             let spare = self.spare_since(look);
             let missing = u64::try_from(i128::from(bytes) - spare).unwrap_or(0);
-            let short = self.room.shortfall(bytes).max(missing);
-            if short == 0 {
+            let short = Wanted {
+                bytes: self.room.shortfall(bytes).max(missing),
+                files: u64::try_from(1 - self.files_since(look)).unwrap_or(0),
+            };
+            if short.is_met_by(0, 0) {
                 if let Some(reservation) = self.room.reserve(bytes) {
                     self.crowded.over();
                     return Ok(reservation);
@@ -1132,9 +1176,16 @@ impl Shared {
                 continue;
             }
             if flushed {
-                if missing > 0 {
+                let too_few = match (missing, short.files) {
+                    (0, 0) => None,
+                    (0, files) => Some(format!("{files} inodes too few are free (df -i)")),
+                    (bytes, _) => Some(format!(
+                        "{bytes} bytes too few are free beyond cache.min_free"
+                    )),
+                };
+                if let Some(too_few) = too_few {
                     let full = io::Error::other(format!(
-                        "{missing} bytes too few are free beyond cache.min_free, and nothing of ours is left to evict"
+                        "{too_few}, and nothing of ours is left to evict"
                     ));
                     self.crowded.note("make room in", &self.dir, &full);
                 }
@@ -1171,18 +1222,84 @@ impl Shared {
         }
     }
 
-    /// Unlinks the segments that the policy chooses until `wanted` bytes are free or nothing more can go. Returns the
+    /// Evicts what is held beyond the capacity, which was more in an earlier run, in steps. What is being sent stays
+    /// until the next fill wants room.
+    pub(super) fn shrink(&self) {
+        let mut freed = 0;
+        while !self.is_over() {
+            let excess = self.room.shortfall(0).min(self.segment_size * SHRINK_STEP);
+            if excess == 0 {
+                break;
+            }
+            let _one_at_a_time = self.evictor.lock();
+            let wanted = Wanted {
+                bytes: excess,
+                files: 0,
+            };
+            match self.evict(wanted, true) {
+                Ok(0) => break,
+                Ok(bytes) => freed += bytes,
+                Err(error) => {
+                    tracing::warn!(%error, "could not evict what is held beyond cache.capacity; the next fill tries again");
+                    break;
+                }
+            }
+        }
+        if freed > 0 {
+            tracing::info!(
+                bytes = freed,
+                capacity = self.room.capacity(),
+                "more was held than cache.capacity allows: evicted the rest"
+            );
+        }
+    }
+
+    /// Says that what is held in blocks of another size is of no use, if there is any.
+    pub(super) fn tell_of_other_blocks(&self, reader: &Reader, before: u64) {
+        match reader.bytes_in_other_blocks(self.block_size) {
+            Ok(0) => {}
+            Ok(bytes) => tracing::warn!(
+                bytes,
+                before,
+                now = self.block_size,
+                "cache.block_size was changed: what is held in blocks of another size is not served and is fetched \
+                 again; it makes room as it is evicted, or serves again under its own block_size"
+            ),
+            // Whoever needs the catalog next says what is wrong with it.
+            Err(error) => {
+                tracing::debug!(%error, "could not count bytes in blocks of another size");
+            }
+        }
+    }
+
+    /// What the kernel means where it will not make a file.
+    pub(super) fn not_made(&self, error: io::Error) -> io::Error {
+        if error.kind() != io::ErrorKind::StorageFull {
+            return error;
+        }
+        // The next reservation looks for itself.
+        *self.free_space.lock() = None;
+        match (self.file_system)(&self.dir) {
+            Ok(Space { files: 0, .. }) => io::Error::new(
+                io::ErrorKind::StorageFull,
+                "the file system has no inode left for another file (df -i)",
+            ),
+            _ => error,
+        }
+    }
+
+    /// Unlinks the segments that the policy chooses until as much is free as is `wanted` or nothing more can go. Returns the
     /// bytes freed. `settled`: what is held is in the catalog by now, so that a queue that shows nothing has nothing.
-    fn evict(&self, wanted: u64, settled: bool) -> Result<u64, DiskError> {
+    fn evict(&self, wanted: Wanted, settled: bool) -> Result<u64, DiskError> {
         let began = self.tick();
         let mut round = Round::default();
-        let mut freed = 0;
-        while freed < wanted {
+        let (mut freed, mut gone) = (0, 0);
+        while !wanted.is_met_by(freed, gone) {
             let mut db = self.catalog.lock()?;
             self.note_standing(&db);
             let mut plan = Eviction::default();
             let mut queues = Queues::new(&db);
-            while freed < wanted && plan.len() < PLAN {
+            while !wanted.is_met_by(freed, gone + plan.files()) && plan.len() < PLAN {
                 let Some(queue) = round.turn(&self.policy.lock()) else {
                     break;
                 };
@@ -1199,6 +1316,7 @@ impl Shared {
             self.reached(Step::Evicted);
             // The rows are gone, and nobody else knows the files: no lock is needed to unlink them.
             drop(db);
+            gone += victims;
             self.evictions.fetch_add(victims, Ordering::Relaxed);
             for (count, bytes) in self.evicted_bytes.iter().zip(plan.bytes) {
                 count.fetch_add(bytes, Ordering::Relaxed);
@@ -1257,6 +1375,7 @@ impl Shared {
         let head = policy::Head {
             name: segment_name(&row.revision, row.id.idx),
             bytes: row.bytes,
+            content: row.content,
             served: found
                 .as_ref()
                 .map_or(row.served, |(_, segment)| segment.charge.served()),
@@ -1334,10 +1453,19 @@ impl Shared {
         }
     }
 
-    /// Bytes that may still be written, from a look not long ago. `None`: look again.
-    fn recent_spare(&self) -> Option<i128> {
-        let look = (*self.free_space.lock())?;
-        (look.at.elapsed() < FREE_SPACE_FOR).then(|| self.spare_since(look))
+    /// Whether `bytes` may still be written, from a look not long ago. `false`: look again.
+    fn has_recent_spare(&self, bytes: u64) -> bool {
+        let look = *self.free_space.lock();
+        look.is_some_and(|look| {
+            look.at.elapsed() < FREE_SPACE_FOR
+                && self.spare_since(look) >= i128::from(bytes)
+                && self.files_since(look) > 0
+        })
+    }
+
+    /// Files that may still be made.
+    fn files_since(&self, look: FreeSpace) -> i128 {
+        look.files + i128::from(look.made) - i128::from(self.files_made.load(Ordering::Relaxed))
     }
 
     /// What we wrote or promised since the look is gone; what we unlinked has come back.
@@ -1348,7 +1476,12 @@ impl Shared {
     pub(super) fn look_at_free_space(&self) -> Result<FreeSpace, DiskError> {
         let used = self.room.used();
         let reserved = self.room.reserved();
-        let (total, available) = (self.file_system)(&self.dir)
+        let made = self.files_made.load(Ordering::Relaxed);
+        let Space {
+            total,
+            available,
+            files,
+        } = (self.file_system)(&self.dir)
             .map_err(|error| DiskError::io("statvfs", &self.dir, error))?;
         let min_free = match self.min_free {
             MinFree::Bytes(bytes) => bytes,
@@ -1359,9 +1492,24 @@ impl Shared {
             at: Instant::now(),
             spare,
             used,
+            files: i128::from(files) - i128::from(FILES_KEPT),
+            made,
         };
         *self.free_space.lock() = Some(look);
         Ok(look)
+    }
+}
+
+/// What eviction is to free.
+#[derive(Clone, Copy)]
+struct Wanted {
+    bytes: u64,
+    files: u64,
+}
+
+impl Wanted {
+    fn is_met_by(self, bytes: u64, files: u64) -> bool {
+        bytes >= self.bytes && files >= self.files
     }
 }
 
@@ -1436,6 +1584,11 @@ impl Eviction {
 
     fn len(&self) -> usize {
         self.known.len() + self.stored.len() + self.moved.len()
+    }
+
+    /// Files that go.
+    fn files(&self) -> u64 {
+        (self.known.len() + self.stored.len()) as u64
     }
 
     fn stored_files(&self) -> Vec<(u128, u64)> {
@@ -1522,7 +1675,7 @@ impl Trouble {
             tracing::error!(
                 op, path = %path.display(), %error,
                 "the cache disk is in trouble: going past it, and trying again every few seconds; \
-                 check free space and the kernel log"
+                 check free space, free inodes and the kernel log"
             );
         }
     }

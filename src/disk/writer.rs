@@ -225,7 +225,7 @@ impl Cursor {
         if self.at == block_start
             && !self
                 .reservation
-                .spend(segment.file.charge(), block_end - block_start)
+                .spend(segment.file.charge(), g.taken(block_end - block_start))
         {
             return Err(DiskError::NoRoom);
         }
@@ -396,9 +396,11 @@ fn create(
         opened => opened,
     };
     let file = opened.map_err(|error| {
+        let error = shared.not_made(error);
         shared.trouble.note("create", &path, &error);
         DiskError::io("create", &path, error)
     })?;
+    shared.files_made.fetch_add(1, Ordering::Relaxed);
     shared.reached(Step::FileCreated);
     let charge = Charge::new(&shared.room, 0, 0);
     let file = SegmentFile::new(file, Arc::clone(&charge));
