@@ -95,18 +95,20 @@ pub enum LogFormat {
 #[expect(clippy::exhaustive_enums, reason = "closed: nothing else can fail")]
 pub enum InitError {
     /// [`LOG_VARIABLE`] cannot be read.
-    #[error(
-        "{LOG_VARIABLE}: {value:?} is not a log filter ({reason}); write it like info or pinrange=debug,warn"
-    )]
-    Filter {
-        /// What it says.
-        value: String,
-        /// What is wrong with it.
-        reason: String,
-    },
+    #[error("{LOG_VARIABLE}: {0}")]
+    Filter(String),
     /// The process has a log already.
     #[error("the log is set up already")]
     Repeated,
+}
+
+/// What [`LOG_VARIABLE`] says, or what is wrong with it and how to write it.
+pub(crate) fn parse_filter(value: &str) -> Result<EnvFilter, String> {
+    EnvFilter::try_new(value).map_err(|error| {
+        format!(
+            "{value:?} is not a log filter ({error}); write it like info or pinrange=debug,warn"
+        )
+    })
 }
 
 /// The process's log. What was logged is written when it is dropped, as far as that can be done within a second.
@@ -130,10 +132,7 @@ pub fn init(format: LogFormat, default: &str) -> Result<Log, InitError> {
         || format!("{default},s3s=off,{QUIET}"),
         |value| value.to_string_lossy().into_owned(),
     );
-    let filter = EnvFilter::try_new(&value).map_err(|error| InitError::Filter {
-        value,
-        reason: error.to_string(),
-    })?;
+    let filter = parse_filter(&value).map_err(InitError::Filter)?;
     let (writer, guard) = NonBlockingBuilder::default()
         .buffered_lines_limit(WAITING_LINES)
         .thread_name("log")
