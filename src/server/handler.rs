@@ -82,7 +82,7 @@ impl Handler {
 
     /// Answers one request. The request's content is not read; where there is some, the connection ends with the
     /// answer and says so (RFC 9112 §9.6).
-    pub async fn handle<B: http_body::Body>(
+    pub async fn handle<B: http_body::Body + Send + Sync>(
         &self,
         request: Request<B>,
         queue: &SendQueue,
@@ -117,7 +117,7 @@ impl Handler {
         response
     }
 
-    async fn answer<B>(
+    async fn answer<B: Sync>(
         &self,
         request: &Request<B>,
         fields: &Fields<'_>,
