@@ -340,8 +340,7 @@ impl Metrics {
     pub fn encode(&self, disk: Option<&DiskStats>) -> String {
         let mut text = String::new();
         encode_registry(&mut text, &self.0.registry)
-            .and_then(|()| encode_registry(&mut text, &self.silence_registry()))
-            .and_then(|()| encode_registry(&mut text, &log_registry()))
+            .and_then(|()| encode_registry(&mut text, &self.looked_up_registry()))
             .and_then(|()| match disk {
                 Some(stats) => encode_registry(&mut text, &disk_registry(stats)),
                 None => Ok(()),
@@ -351,7 +350,8 @@ impl Metrics {
         text
     }
 
-    fn silence_registry(&self) -> Registry {
+    /// What is looked up when somebody asks.
+    fn looked_up_registry(&self) -> Registry {
         let now = Instant::now();
         let silent = self.0.patience.silent.lock();
         let silent = silent.values().filter(|until| **until > now).count();
@@ -361,19 +361,14 @@ impl Metrics {
             "Stores (endpoint and bucket) that asked by Retry-After to be left alone for now",
             ConstGauge::new(silent as u64),
         );
+        let dropped = DROPPED_LINES.get().map_or(0, ErrorCounter::dropped_lines);
+        registry.register(
+            "log_lines_dropped",
+            "Lines of the log that were not written, since nobody took those before them",
+            ConstCounter::new(dropped as u64),
+        );
         registry
     }
-}
-
-fn log_registry() -> Registry {
-    let dropped = DROPPED_LINES.get().map_or(0, ErrorCounter::dropped_lines);
-    let mut registry = Registry::with_prefix("pinrange");
-    registry.register(
-        "log_lines_dropped",
-        "Lines of the log that were not written, since nobody took those before them",
-        ConstCounter::new(dropped as u64),
-    );
-    registry
 }
 
 impl fmt::Debug for Metrics {
