@@ -26,7 +26,7 @@ mod tests {
 
     #[derive(Debug, thiserror::Error)]
     #[error("{0}")]
-    struct Because(&'static str, #[source] Option<Box<Because>>);
+    struct Because(&'static str, #[source] Option<Box<Self>>);
 
     #[test]
     fn every_cause_is_said_once() {

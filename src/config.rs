@@ -28,7 +28,7 @@ use serde::{Serialize, Serializer};
 
 use crate::disk::{DiskConfig, MinFree};
 pub use crate::mount::ForbiddenAs;
-use crate::telemetry::LogFormat;
+use crate::telemetry::{LOG_VARIABLE, LogFormat, parse_filter};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -558,6 +558,17 @@ impl Config {
         let variables: Vec<_> = variables.into_iter().collect();
         let home = check::cache_home(&variables);
         let mut problems = Vec::new();
+        if let Some((_, filter)) = variables.iter().find(|(name, _)| name == LOG_VARIABLE)
+            && !filter.is_empty()
+            && let Err(message) = parse_filter(&filter.to_string_lossy())
+        {
+            problems.push(Problem {
+                place: Place::Variable {
+                    variable: LOG_VARIABLE.to_owned(),
+                },
+                message,
+            });
+        }
         let mut raw =
             raw::RawConfig::from_toml(&source.text, &source).map_err(|problem| ConfigError {
                 problems: vec![problem],

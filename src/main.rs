@@ -44,7 +44,7 @@ fn run(
     };
     let runtime = match cli::runtime(threads) {
         Ok(runtime) => runtime,
-        Err(error) => return refuse(&format!("cannot start threads: {error}"), cli::EX_OSERR),
+        Err(problem) => return refuse(&problem, cli::EX_OSERR),
     };
     let code = runtime.block_on(command);
     runtime.shutdown_background(); // A thread that waits for a dead disk never ends.

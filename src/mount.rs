@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use percent_encoding::percent_decode_str;
+use percent_encoding::{PercentDecode, percent_decode_str};
 use serde::Serialize;
 
 use crate::object::ObjectKey;
@@ -78,16 +78,25 @@ pub enum PathError {
     /// No mount matches, or nothing stands behind the mount's path.
     #[error("no mount serves this path")]
     Unknown,
+    /// Does not begin with a slash.
+    #[error("the path does not begin with a slash")]
+    Relative,
     /// Not UTF-8 once decoded, or with a control character.
     #[error("the path is not percent-encoded UTF-8 without control characters")]
     Malformed,
     /// A `.` or `..` segment: some server on the way may resolve it, and name a key outside the mount.
     #[error("the path has a \".\" or \"..\" segment")]
     DotSegment,
+    /// White space and nothing else: the AWS SDK takes such a key for none, so S3 cannot be asked for it.
+    #[error("a key of nothing but white space cannot be asked for")]
+    Blank,
     /// Longer than S3 allows.
     #[error("the key is longer than {LONGEST_KEY} bytes")]
     TooLong,
 }
+
+/// A mount, and a decoded key or what keys begin with, without the mount's prefix.
+pub type Named<'mounts, 'path> = (&'mounts Arc<Mount>, Cow<'path, str>);
 
 /// The mounts of a replica.
 #[derive(Debug)]
@@ -118,21 +127,45 @@ impl Mounts {
     }
 
     /// The mount and the decoded key (without the mount's prefix) that the path of a request target names.
-    pub fn resolve<'a>(&self, path: &'a str) -> Result<(&Arc<Mount>, Cow<'a, str>), PathError> {
+    pub fn resolve<'a>(&self, path: &'a str) -> Result<Named<'_, 'a>, PathError> {
         let (mount, key) = self.resolve_prefix(path)?;
         if key.is_empty() {
             Err(PathError::Unknown)
+        } else if key.trim_start().is_empty() && mount.prefix.trim_start().is_empty() {
+            Err(PathError::Blank)
         } else {
             Ok((mount, key))
         }
     }
 
+    /// Every mount of which the keys' paths begin with `path`, and what those keys begin with: the mount that `path` leads
+    /// into, and those that are mounted below it.
+    pub fn resolve_all<'a>(&self, path: &'a str) -> Result<Vec<Named<'_, 'a>>, PathError> {
+        let mut all = match self.resolve_prefix(path) {
+            Ok(one) => vec![one],
+            Err(PathError::Unknown) => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let mut asked: Vec<_> = path.split('/').skip(1).map(percent_decode_str).collect();
+        let begun = Cow::from(asked.pop().ok_or(PathError::Relative)?);
+        let is_below = |mounted: &[String]| {
+            let same =
+                |(here, there): (&String, &PercentDecode<'_>)| here.bytes().eq(there.clone());
+            mounted.len() > asked.len()
+                && mounted[asked.len()].as_bytes().starts_with(&begun)
+                && mounted.iter().zip(&asked).all(same)
+        };
+        let below = self.mounts.iter().filter(|(mounted, _)| is_below(mounted));
+        all.extend(below.map(|(_, mount)| (mount, Cow::Borrowed(""))));
+        if all.is_empty() {
+            return Err(PathError::Unknown);
+        }
+        Ok(all)
+    }
+
     /// As [`Mounts::resolve`], but a path that ends at the mount names every key of it.
-    pub fn resolve_prefix<'a>(
-        &self,
-        path: &'a str,
-    ) -> Result<(&Arc<Mount>, Cow<'a, str>), PathError> {
-        let path = path.strip_prefix('/').ok_or(PathError::Malformed)?;
+    fn resolve_prefix<'a>(&self, path: &'a str) -> Result<(&Arc<Mount>, Cow<'a, str>), PathError> {
+        let path = path.strip_prefix('/').ok_or(PathError::Relative)?;
         let decoded = decode(path)?;
         if decoded.chars().any(char::is_control) {
             return Err(PathError::Malformed);
@@ -269,6 +302,65 @@ mod tests {
     }
 
     #[test]
+    fn a_prefix_names_the_mounts_below_it_too() {
+        let mounts = mounts(&["/a", "/a/x", "/a/xy/z", "/b"]);
+        let all = |path: &str| {
+            let mut all: Vec<_> = mounts
+                .resolve_all(path)?
+                .into_iter()
+                .map(|(mount, key)| (mount.path.clone(), key.into_owned()))
+                .collect();
+            all.sort();
+            Ok(all)
+        };
+        let ok = |all: &[(&str, &str)]| {
+            Ok(all
+                .iter()
+                .map(|(mount, key)| ((*mount).to_owned(), (*key).to_owned()))
+                .collect())
+        };
+        assert_eq!(all("/a/"), ok(&[("/a", ""), ("/a/x", ""), ("/a/xy/z", "")]));
+        assert_eq!(
+            all("/a/x"),
+            ok(&[("/a", "x"), ("/a/x", ""), ("/a/xy/z", "")])
+        );
+        assert_eq!(all("/a/xy"), ok(&[("/a", "xy"), ("/a/xy/z", "")]));
+        assert_eq!(all("/%61/x/"), ok(&[("/a/x", "")]));
+        assert_eq!(all("/a/xy/"), ok(&[("/a", "xy/"), ("/a/xy/z", "")]));
+        assert_eq!(
+            all("/a%2fx"),
+            Err(PathError::Unknown),
+            "%2F moves no boundary"
+        );
+        assert_eq!(all("/a/xyz/"), ok(&[("/a", "xyz/")]));
+        assert_eq!(
+            all("/b"),
+            ok(&[("/b", "")]),
+            "nothing is mounted at the root"
+        );
+        assert_eq!(all("/c"), Err(PathError::Unknown));
+        assert_eq!(all("/a/../"), Err(PathError::DotSegment));
+        assert_eq!(all(""), Err(PathError::Relative));
+    }
+
+    #[test]
+    fn a_key_of_white_space_names_nothing() {
+        let mut blank = mounts(&["/a"]);
+        for path in ["/a/%20", "/a/%C2%A0%20", "/a/%E2%80%A8"] {
+            assert!(
+                resolve(&blank, path).is_ok(),
+                "the prefix is a part of the key"
+            );
+        }
+        Arc::get_mut(&mut blank.mounts[0].1).unwrap().prefix.clear();
+        for path in ["/a/%20", "/a/%C2%A0%20", "/a/%E2%80%A8"] {
+            assert_eq!(resolve(&blank, path), Err(PathError::Blank), "{path}");
+        }
+        assert!(resolve(&blank, "/a/%20x").is_ok());
+        assert!(blank.resolve_all("/a/%20").is_ok(), "others begin with it");
+    }
+
+    #[test]
     fn nothing_names_a_key_outside_its_mount() {
         let mounts = mounts(&["/a"]);
         for path in [
@@ -293,7 +385,8 @@ mod tests {
         assert_eq!(resolve(&mounts, "/a/x%zz"), Err(PathError::Malformed));
         assert_eq!(resolve(&mounts, "/a"), Err(PathError::Unknown));
         assert_eq!(resolve(&mounts, "/a/"), Err(PathError::Unknown));
-        assert_eq!(resolve(&mounts, "*"), Err(PathError::Malformed));
+        assert_eq!(resolve(&mounts, "*"), Err(PathError::Relative));
+        assert_eq!(resolve(&mounts, "a/x"), Err(PathError::Relative));
         let long = format!("/a/{}", "k".repeat(1023));
         assert_eq!(
             resolve(&mounts, &long),

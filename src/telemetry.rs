@@ -95,18 +95,20 @@ pub enum LogFormat {
 #[expect(clippy::exhaustive_enums, reason = "closed: nothing else can fail")]
 pub enum InitError {
     /// [`LOG_VARIABLE`] cannot be read.
-    #[error(
-        "{LOG_VARIABLE}: {value:?} is not a log filter ({reason}); write it like info or pinrange=debug,warn"
-    )]
-    Filter {
-        /// What it says.
-        value: String,
-        /// What is wrong with it.
-        reason: String,
-    },
+    #[error("{LOG_VARIABLE}: {0}")]
+    Filter(String),
     /// The process has a log already.
     #[error("the log is set up already")]
     Repeated,
+}
+
+/// What [`LOG_VARIABLE`] says, or what is wrong with it and how to write it.
+pub(crate) fn parse_filter(value: &str) -> Result<EnvFilter, String> {
+    EnvFilter::try_new(value).map_err(|error| {
+        format!(
+            "{value:?} is not a log filter ({error}); write it like info or pinrange=debug,warn"
+        )
+    })
 }
 
 /// The process's log. What was logged is written when it is dropped, as far as that can be done within a second.
@@ -130,10 +132,7 @@ pub fn init(format: LogFormat, default: &str) -> Result<Log, InitError> {
         || format!("{default},s3s=off,{QUIET}"),
         |value| value.to_string_lossy().into_owned(),
     );
-    let filter = EnvFilter::try_new(&value).map_err(|error| InitError::Filter {
-        value,
-        reason: error.to_string(),
-    })?;
+    let filter = parse_filter(&value).map_err(InitError::Filter)?;
     let (writer, guard) = NonBlockingBuilder::default()
         .buffered_lines_limit(WAITING_LINES)
         .thread_name("log")
@@ -341,8 +340,7 @@ impl Metrics {
     pub fn encode(&self, disk: Option<&DiskStats>) -> String {
         let mut text = String::new();
         encode_registry(&mut text, &self.0.registry)
-            .and_then(|()| encode_registry(&mut text, &self.silence_registry()))
-            .and_then(|()| encode_registry(&mut text, &log_registry()))
+            .and_then(|()| encode_registry(&mut text, &self.looked_up_registry()))
             .and_then(|()| match disk {
                 Some(stats) => encode_registry(&mut text, &disk_registry(stats)),
                 None => Ok(()),
@@ -352,7 +350,8 @@ impl Metrics {
         text
     }
 
-    fn silence_registry(&self) -> Registry {
+    /// What is looked up when somebody asks.
+    fn looked_up_registry(&self) -> Registry {
         let now = Instant::now();
         let silent = self.0.patience.silent.lock();
         let silent = silent.values().filter(|until| **until > now).count();
@@ -362,19 +361,14 @@ impl Metrics {
             "Stores (endpoint and bucket) that asked by Retry-After to be left alone for now",
             ConstGauge::new(silent as u64),
         );
+        let dropped = DROPPED_LINES.get().map_or(0, ErrorCounter::dropped_lines);
+        registry.register(
+            "log_lines_dropped",
+            "Lines of the log that were not written, since nobody took those before them",
+            ConstCounter::new(dropped as u64),
+        );
         registry
     }
-}
-
-fn log_registry() -> Registry {
-    let dropped = DROPPED_LINES.get().map_or(0, ErrorCounter::dropped_lines);
-    let mut registry = Registry::with_prefix("pinrange");
-    registry.register(
-        "log_lines_dropped",
-        "Lines of the log that were not written, since nobody took those before them",
-        ConstCounter::new(dropped as u64),
-    );
-    registry
 }
 
 impl fmt::Debug for Metrics {

@@ -153,7 +153,10 @@ pub enum Refusal {
         current: Option<Validator>,
     },
     /// The remote says there is no such object.
-    NotFound,
+    NotFound {
+        /// It was asked on behalf of this request; `false`: it said so less than `fresh_for` ago.
+        asked: bool,
+    },
     /// An outage: come back.
     Unavailable {
         /// When.
@@ -193,6 +196,9 @@ pub struct Trace {
     pub stale: bool,
     /// The remote said that what is held is still current.
     pub confirmed: bool,
+    /// The label is fresh and nothing is held under it. Where the answer has no body, as for an empty object or a HEAD, the
+    /// label is all that it takes.
+    pub remembered: bool,
     /// Waited for the byte budget of the fills.
     pub queued: Duration,
     /// Waited for the remote, until its first byte.
@@ -720,7 +726,7 @@ impl Tiers {
                 if remote == RemoteSays::Absent {
                     self.keys.distrust_all(&target.key);
                 }
-                Refusal::NotFound
+                Refusal::NotFound { asked: true }
             }
             Outcome::TimedOut => Refusal::TimedOut {
                 cause: Arc::new(error),

@@ -94,6 +94,23 @@ fn check_exits_2_with_the_line_that_is_wrong() {
 }
 
 #[test]
+fn check_refuses_the_log_filter_that_serve_refuses() {
+    let (_dir, path) = file(GOOD);
+    let args = ["check", "--config", &path];
+    let output = pinrange(&args, &[("PINRANGE_LOG", "a=b=c")]);
+    assert_eq!((output.status.code(), stdout(&output)), (Some(2), ""));
+    let problem = stderr(&output);
+    assert!(
+        problem.starts_with("PINRANGE_LOG: \"a=b=c\" is not a log filter"),
+        "{problem}"
+    );
+    for filter in ["", "warn"] {
+        let output = pinrange(&args, &[("PINRANGE_LOG", filter)]);
+        assert_eq!(output.status.code(), Some(0), "{filter:?}");
+    }
+}
+
+#[test]
 fn check_speaks_json() {
     let (_dir, path) = file(GOOD);
     let output = pinrange(&["check", "--json", "--config", &path], &[]);
@@ -180,10 +197,9 @@ fn serve_names_the_flag_and_the_variable() {
         .lines()
         .map(|l| l.split(':').next().unwrap())
         .collect();
-    assert_eq!(flags, ["--log-format", "--capacity", "--bucket"]);
-    let output = pinrange(
-        &["serve", "--bucket", "bucket"],
-        &[("PINRANGE_LOG", "a=b=c")],
+    assert_eq!(
+        flags,
+        ["PINRANGE_LOG", "--log-format", "--capacity", "--bucket"]
     );
     assert!(stderr(&output).starts_with("PINRANGE_LOG: \"a=b=c\" is not a log filter ("));
 }

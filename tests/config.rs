@@ -131,6 +131,10 @@ fn sizes_and_durations_without_sense_are_refused_in_their_place() {
              GiB or TiB (powers of 1024), or KB, MB, GB or TB (powers of 1000)",
         ),
         (
+            "[cache]\ndir = \"/var/\\u0000x\"\n",
+            "pinrange.toml:5:7: cache.dir: \"/var/\\0x\" has a NUL, which no path has; remove it",
+        ),
+        (
             "fresh_for = 2\n",
             "pinrange.toml:4:13: mount.fresh_for: \"2\" has no unit; write 2s for seconds or 2ms",
         ),
@@ -208,6 +212,10 @@ fn addresses_that_cannot_be_bound_are_refused_in_their_place() {
 
 #[test]
 fn mounts_that_cannot_work_are_refused_in_their_place() {
+    assert_eq!(
+        file("[mount]\npath = \"/a\"\n").expect_err("no list"),
+        "pinrange.toml:1:1: mounts are a list; write [[mount]] instead of [mount]"
+    );
     assert_messages(&[
         (
             "[[mount]]\npath = \"/a\"\nbucket = \"other\"\n",

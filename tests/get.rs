@@ -1205,20 +1205,69 @@ async fn a_device_is_written_to_and_not_replaced() {
     let origin = serve(object(1, 4 * usize(CHUNK)), honest).await;
     let list = args([&origin.url("/f"), "-o", "/dev/null"]);
     let cancel = CancellationToken::new();
-    download(
-        &list,
-        Box::new(io::sink()),
-        Box::new(Events::default()),
-        &cancel,
-    )
-    .await
-    .unwrap();
+    let events = Events::default();
+    let sink = Box::new(io::sink());
+    let summary = download(&list, sink, Box::new(events.clone()), &cancel).await;
+    assert_eq!(
+        summary.unwrap().file.as_deref(),
+        Some(Path::new("/dev/null"))
+    );
+    assert_eq!(events.of("done")[0]["file"], "/dev/null");
     assert!(
         std::fs::metadata("/dev/null")
             .unwrap()
             .file_type()
             .is_char_device()
     );
+}
+
+/// Events go to something that fails so.
+struct Failing(io::ErrorKind);
+
+impl Write for Failing {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(self.0.into())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_that_cannot_be_written_are_a_failure_unless_nobody_reads_them() {
+    let origin = serve(object(1, 4 * usize(CHUNK)), honest).await;
+    for (kind, exit) in [
+        (io::ErrorKind::StorageFull, 74),
+        (io::ErrorKind::BrokenPipe, 0),
+    ] {
+        let bench = Bench::new();
+        let url = origin.url("/f");
+        let list = args([&url, "-o", bench.file.to_str().unwrap()]);
+        let result = download(
+            &list,
+            Box::new(io::sink()),
+            Box::new(Failing(kind)),
+            &bench.cancel,
+        )
+        .await;
+        assert_eq!(code(&result), exit, "{kind}");
+        bench.assert_complete(&content(1, 4 * usize(CHUNK)));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_replaced_keeps_its_mode() {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+    let origin = serve(object(1, 4 * usize(CHUNK)), honest).await;
+    for mode in [0o640, 0o600, 0o664] {
+        let bench = Bench::new();
+        std::fs::write(&bench.file, "old").unwrap();
+        std::fs::set_permissions(&bench.file, std::fs::Permissions::from_mode(mode)).unwrap();
+        bench.get(&origin.url("/f"), &[]).await.unwrap();
+        bench.assert_complete(&content(1, 4 * usize(CHUNK)));
+        let now = std::fs::metadata(&bench.file).unwrap().mode() & 0o777;
+        assert_eq!(now, mode, "{now:o}, not {mode:o}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -228,6 +228,10 @@ async fn every_target_has_one_meaning() {
         ("/m/%4", 400),
         ("/m/%zz", 400),
         ("/m/%u002e", 400),
+        // No key that S3 could be asked for.
+        ("/m/%20", 400),
+        ("/m/%C2%A0%20", 400),
+        ("/m/%E2%80%A8", 400),
         // Not of this form.
         ("*", 400),
         ("elsewhere.invalid:443", 400),

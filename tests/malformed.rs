@@ -134,6 +134,39 @@ async fn a_request_has_one_host() {
         let answer = http::ask(serving.data, request);
         assert_eq!(answer.status, status, "{request:?}");
     }
+    for (host, status) in [
+        (&b"a.example:8080"[..], 200),
+        (b"127.0.0.1:", 200),
+        (b"[::1]:8080", 200),
+        (b"[fe80::1%25eth0]", 200),
+        (b"x_y~z!$&'()*+,;=%20", 200),
+        (b"a b", 400),
+        (b"user@a", 400),
+        (b"a/b@c", 400),
+        (b"a/b", 400),
+        (b"a?b", 400),
+        (b"http://a", 400),
+        (b"a:b", 400),
+        (b"x:y:z", 400),
+        (b"a:1:2", 400),
+        (b"::1", 400),
+        (b"[::1", 400),
+        (b"::1]", 400),
+        (b"[]", 400),
+        (b"[[::1]]", 400),
+        (b"[::1]x", 400),
+        (b"[::1/64]", 400),
+        (b"x\x80", 400),
+        (b"x\\y", 400),
+    ] {
+        for version in ["1.0", "1.1"] {
+            let mut request = format!("GET /m/object HTTP/{version}\r\nHost: ").into_bytes();
+            request.extend_from_slice(host);
+            request.extend_from_slice(b"\r\n\r\n");
+            let answer = http::ask(serving.data, &request);
+            assert_eq!(answer.status, status, "{}", request.escape_ascii());
+        }
+    }
 }
 
 fn pin(world: &World) -> String {

@@ -601,8 +601,28 @@ async fn classifies_without_a_body() {
     ] {
         let head = format!("HTTP/1.1 {status}\r\n\r\n");
         let wire = Wire::start(vec![vec![Step::send(head)]]).await;
-        let error = connect(&wire).await.stat("key", None).await.unwrap_err();
-        assert_eq!(error.kind, kind, "HEAD {status}");
+        let pin = &guard().validator;
+        let error = connect(&wire).await.stat("key", Some(pin)).await;
+        assert_eq!(error.unwrap_err().kind, kind, "HEAD {status}");
+    }
+}
+
+#[tokio::test]
+async fn a_412_to_no_condition_is_nonsense() {
+    let refused = || response("412 Precondition Failed", "", "");
+    let wire = Wire::start(vec![refused(), refused(), refused(), refused()]).await;
+    let remote = connect(&wire).await;
+    let stat = remote.stat("key", None).await.unwrap_err();
+    assert_eq!(stat.kind, RemoteErrorKind::Protocol, "HEAD");
+    let other = &guard().validator;
+    for (want, unless) in [
+        (Some(RangeSpec::From(0)), None),
+        (None, None),
+        (Some(RangeSpec::From(0)), Some(other)),
+    ] {
+        let read = remote.read_current("key", want, unless).await;
+        let kind = read.map(|_| ()).unwrap_err().kind;
+        assert_eq!(kind, RemoteErrorKind::Protocol, "{want:?} {unless:?}");
     }
 }
 

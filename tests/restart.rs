@@ -254,7 +254,7 @@ fn objects(world: &World) -> Arc<Vec<Object>> {
     let pinned = objects.into_iter().map(|(key, bytes)| {
         let answer = http::ask(
             serving.data,
-            &format!("HEAD /m/{key} HTTP/1.1\r\nHost: test\r\n\r\n"),
+            format!("HEAD /m/{key} HTTP/1.1\r\nHost: test\r\n\r\n"),
         );
         (key, answer.field("etag").to_owned(), bytes)
     });

@@ -16,8 +16,10 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use rustix::io::Errno;
 use tokio::runtime::{Builder, Runtime};
 
+use crate::causes::one_line;
 use crate::config::{Config, ConfigError, Flags};
 
 /// The command line was wrong (`sysexits.h`).
@@ -143,9 +145,47 @@ const TURNS: u32 = 8192;
 /// What commands run on: `threads` of them, or one a CPU.
 ///
 /// # Errors
-/// The system's, when it has no threads left.
-pub fn runtime(threads: Option<NonZeroUsize>) -> io::Result<Runtime> {
+/// What the user reads when the system has no threads or open files left.
+pub fn runtime(threads: Option<NonZeroUsize>) -> Result<Runtime, String> {
     let mut builder = Builder::new_multi_thread();
     threads.map(|threads| builder.worker_threads(threads.get()));
-    builder.enable_all().event_interval(TURNS).build()
+    let built = builder.enable_all().event_interval(TURNS).build();
+    built.map_err(|error| format!("cannot start threads: {}", with_advice(&error)))
+}
+
+/// An error and its causes on one line, and what to do where it is for the number of open files, which no message of the
+/// system says.
+fn with_advice(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut line = one_line(error);
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let errno = error.downcast_ref().and_then(io::Error::raw_os_error);
+        if errno == Some(Errno::MFILE.raw_os_error()) {
+            line.push_str("; raise the limit on open files (ulimit -n, LimitNOFILE=)");
+            break;
+        }
+        cause = error.source();
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::replica::StartError;
+
+    #[test]
+    fn too_few_open_files_come_with_advice() {
+        let line = |errno: Errno| {
+            let alone = with_advice(&io::Error::from(errno));
+            let below = with_advice(&StartError::Bind {
+                key: "server.listen",
+                address: ([127, 0, 0, 1], 0).into(),
+                source: errno.into(),
+            });
+            [alone, below].map(|line| line.matches("; raise the limit on open files").count())
+        };
+        assert_eq!(line(Errno::MFILE), [1, 1]);
+        assert_eq!(line(Errno::ACCESS), [0, 0]);
+    }
 }

@@ -5,8 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use super::demo::own_credentials;
-use super::{EX_CANTCREAT, EX_OSERR};
-use crate::causes::one_line;
+use super::{EX_CANTCREAT, EX_OSERR, with_advice};
 use crate::config::{Config, MountConfig};
 use crate::remote::s3::CredentialSource;
 use crate::server::replica::{Replica, raise_descriptor_limit, run_until_ended};
@@ -54,7 +53,7 @@ async fn serve(mut config: Config, inherited: Result<Inherited, String>) -> Exit
     let replica = match Replica::start_on(&config, &credentials, inherited).await {
         Ok(replica) => replica,
         Err(error) => {
-            eprintln!("pinrange: {}", one_line(&error));
+            eprintln!("pinrange: {}", with_advice(&error));
             return ExitCode::from(error.exit_code());
         }
     };

@@ -579,6 +579,9 @@ fn address(value: &Value) -> Result<SocketAddr, String> {
 fn directory(value: &Value) -> Result<PathBuf, String> {
     match value.text()? {
         "" => Err("it is empty; write the path of a directory".to_owned()),
+        text if text.contains('\0') => {
+            Err(format!("{text:?} has a NUL, which no path has; remove it"))
+        }
         text => Ok(PathBuf::from(text)),
     }
 }

@@ -166,6 +166,10 @@ impl RawConfig {
                      (environment, profile, instance role), never from this file"
                 ),
                 Some(rest) => format!("unknown key {rest}; correct its name or remove it"),
+                // `[mount]`, where TOML expects `[[mount]]`.
+                None if message.contains("map, expected a sequence") => {
+                    "mounts are a list; write [[mount]] instead of [mount]".to_owned()
+                }
                 None => message,
             };
             let place = error

@@ -432,7 +432,7 @@ impl S3Remote {
             ) => {
                 return head.not_modified(OP, unless);
             }
-            (Err(refusal), _) => return Err(refusal.into()),
+            (Err(refusal), _) => return Err(refusal.unguarded().into()),
         };
         let (representation, range) = match want {
             Some(want) => {
@@ -467,7 +467,10 @@ impl S3Remote {
             .customize()
             .interceptor(tap.clone())
             .send();
-        let (head, _) = self.exchange(OP, &tap, sent).await?;
+        let (head, _) = match (self.exchange(OP, &tap, sent).await, pin) {
+            (Err(refusal), None) => return Err(refusal.unguarded().into()),
+            (answer, _) => answer?,
+        };
         let (representation, _) = head.check_whole(OP)?;
         if let Some(pin) = pin {
             head.check_validator(OP, &representation, pin)?;
@@ -1162,6 +1165,16 @@ impl Refusal {
 
     fn status(&self) -> Option<u16> {
         self.head.as_ref().map(|head| head.status)
+    }
+
+    /// The refusal of a request without `If-Match`: no precondition can have failed (RFC 9110 §15.5.13), so a 412 says
+    /// nothing of the object, and must not reach a client that set no condition.
+    fn unguarded(mut self) -> Self {
+        if self.error.kind == RemoteErrorKind::Mismatch {
+            self.error.kind = RemoteErrorKind::Protocol;
+            self.error.detail = "a 412 to a request without If-Match".into();
+        }
+        self
     }
 
     /// Whether the same GET without a version id could succeed: the version is gone (404, or 405

@@ -158,7 +158,7 @@ impl<H: Handler> Acceptor<H> {
     /// If `limits.max_head` is less than 8192.
     pub fn new(listener: TcpListener, handler: Arc<H>, limits: Limits, page_in: PageIn) -> Self {
         if let Err(error) = socket::prepare(&listener) {
-            tracing::warn!(%error, "slow clients will seem stalled: the kernel reports their progress in large steps");
+            tracing::warn!(%error, "a client that stalls may cost the kernel more memory: what waits in its socket is not limited");
         }
         let mut http = http1::Builder::new();
         http

@@ -82,7 +82,7 @@ impl Handler {
 
     /// Answers one request. The request's content is not read; where there is some, the connection ends with the
     /// answer and says so (RFC 9112 §9.6).
-    pub async fn handle<B: http_body::Body>(
+    pub async fn handle<B: http_body::Body + Send + Sync>(
         &self,
         request: Request<B>,
         queue: &SendQueue,
@@ -117,7 +117,7 @@ impl Handler {
         response
     }
 
-    async fn answer<B>(
+    async fn answer<B: Sync>(
         &self,
         request: &Request<B>,
         fields: &Fields<'_>,
@@ -174,12 +174,15 @@ impl Handler {
                 let response = respond::refused(&refusal, pin.as_ref());
                 end.verdict = match refusal {
                     Refusal::PinLost { .. } => "pin_lost",
-                    Refusal::NotFound => "not_found",
+                    Refusal::NotFound { .. } => "not_found",
                     Refusal::Unavailable { .. } => "unavailable",
                     Refusal::TimedOut { .. } => "timed_out",
                     Refusal::BadGateway { .. } => "bad_gateway",
                 };
-                end.tier = "remote";
+                end.tier = match refusal {
+                    Refusal::NotFound { asked: false } => "none",
+                    _ => "remote",
+                };
                 end.over(response.body().size_hint().lower());
                 response
             }
@@ -203,6 +206,9 @@ impl Handler {
             return Err(Rejected::Field(format!(
                 "a request has one Host field, not {hosts}"
             )));
+        }
+        if fields.bad_host {
+            return Err(Rejected::Field("the Host field names no host".to_owned()));
         }
         // RFC 9112 §6.1: with a Content-Length beside it, which hyper hides, two servers on the way may see the end of
         // the request in two places. Nobody needs it to ask for an object.
@@ -247,6 +253,8 @@ impl Handler {
 #[derive(Default)]
 struct Fields<'a> {
     hosts: usize,
+    /// The last `Host` is none.
+    bad_host: bool,
     transfer_encoding: bool,
     /// `no-cache` among the `Cache-Control` directives.
     no_cache: bool,
@@ -267,6 +275,7 @@ impl<'a> Fields<'a> {
         for (name, value) in headers {
             if name == HOST {
                 fields.hosts += 1;
+                fields.bad_host = !is_host(value.as_bytes());
             } else if name == TRANSFER_ENCODING {
                 fields.transfer_encoding = true;
             } else if name == CACHE_CONTROL {
@@ -279,6 +288,29 @@ impl<'a> Fields<'a> {
         }
         fields
     }
+}
+
+/// `host[:port]` as RFC 9112 §3.2 takes it from RFC 3986 §3.2.2, or nothing. What an address in brackets is made of is
+/// left to whoever looks for it.
+fn is_host(field: &[u8]) -> bool {
+    let in_brackets = field.first() == Some(&b'[');
+    let host = if in_brackets {
+        let end = field.iter().position(|byte| *byte == b']');
+        end.map_or(0, |end| end + 1)
+    } else {
+        let end = field.iter().position(|byte| *byte == b':');
+        end.unwrap_or(field.len())
+    };
+    let (host, port) = field.split_at(host);
+    let of_name = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=".contains(byte);
+    let is_sound = match host {
+        [b'[', address @ .., b']'] => {
+            !address.is_empty() && address.iter().all(|byte| *byte == b':' || of_name(byte))
+        }
+        name => !in_brackets && name.iter().all(of_name),
+    };
+    let port = port.strip_prefix(b":").unwrap_or(port);
+    is_sound && port.iter().all(u8::is_ascii_digit)
 }
 
 fn refuse_s3_parameters(query: &str) -> Result<(), Rejected> {
@@ -322,11 +354,16 @@ fn describe<B>(span: &Span, request: &Request<B>, fields: &Fields<'_>, head: &Re
     }
 }
 
-/// W3C Trace Context §3.2: version, trace id, parent id and flags in lower-case hexadecimal.
+/// W3C Trace Context §3.2: version, trace id, parent id and flags in lower-case hexadecimal. There is no version `ff`, and
+/// ids of zeros only are none.
 fn is_traceparent(value: &str) -> bool {
     let lengths = [2, 32, 16, 2];
     let fields: Vec<_> = value.split('-').collect();
     fields.len() == lengths.len()
+        && fields[0] != "ff"
+        && fields[1..3]
+            .iter()
+            .all(|id| id.bytes().any(|digit| digit != b'0'))
         && fields.iter().zip(lengths).all(|(field, length)| {
             field.len() == length
                 && field
@@ -350,6 +387,8 @@ fn tier(trace: &Trace) -> &'static str {
         "stale"
     } else if trace.forwarded.is_some() {
         "remote"
+    } else if trace.remembered {
+        "none"
     } else {
         "disk"
     }
@@ -409,5 +448,28 @@ impl BodyObserver for RequestEnd {
             }
         }
         self.write(bytes, end.abort.map(|abort| abort.reason));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_context_has_ids_and_a_version_that_is_one() {
+        let (trace, parent) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+        let (no_trace, no_parent) = ("0".repeat(32), "0".repeat(16));
+        for (value, sound) in [
+            (format!("00-{trace}-{parent}-01"), true),
+            (format!("00-{trace}-{parent}-00"), true),
+            (format!("fe-{trace}-{parent}-00"), true),
+            (format!("ff-{trace}-{parent}-01"), false),
+            (format!("00-{no_trace}-{parent}-01"), false),
+            (format!("00-{trace}-{no_parent}-01"), false),
+            (format!("00-{trace}-{parent}"), false),
+            (format!("00-{trace}-{parent}-0G"), false),
+        ] {
+            assert_eq!(is_traceparent(&value), sound, "{value}");
+        }
     }
 }

@@ -49,7 +49,8 @@ mod tests {
         assert_eq!(unacknowledged(&server), 0);
 
         let mut sent = 0;
-        while let Ok(taken) = server.try_write(&[0; 1 << 16]) {
+        let chunk = vec![0; 1 << 16];
+        while let Ok(taken) = server.try_write(&chunk) {
             sent += taken;
         }
         let waiting = unacknowledged(&server);

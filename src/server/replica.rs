@@ -767,20 +767,26 @@ impl Control for Operator {
             None => (path.as_str(), false),
         };
         let resolved = if every {
-            self.mounts.resolve_prefix(named)
+            self.mounts.resolve_all(named)
         } else {
-            self.mounts.resolve(named)
+            self.mounts.resolve(named).map(|one| vec![one])
         };
-        let (mount, key) = resolved.map_err(|error| match error {
+        let resolved = resolved.map_err(|error| match error {
             PathError::Unknown => PurgeRefused::NoMount(path.clone()),
-            PathError::Malformed | PathError::DotSegment | PathError::TooLong => {
-                PurgeRefused::Malformed(error.to_string())
-            }
+            PathError::Relative
+            | PathError::Malformed
+            | PathError::DotSegment
+            | PathError::Blank
+            | PathError::TooLong => PurgeRefused::Malformed(error.to_string()),
         })?;
-        self.tiers
-            .purge(mount, &key, every)
-            .await
-            .map_err(|error| PurgeRefused::Failed(error.to_string()))
+        let mut all = Purged::default();
+        for (mount, key) in resolved {
+            let purged = self.tiers.purge(mount, &key, every).await;
+            let purged = purged.map_err(|error| PurgeRefused::Failed(error.to_string()))?;
+            all.revisions += purged.revisions;
+            all.bytes += purged.bytes;
+        }
+        Ok(all)
     }
 }
 

@@ -29,6 +29,9 @@ use crate::tiers::{Forwarded, Opened, Refusal, Trace};
 const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
+/// `Cache-Status` where what the remote said less than `fresh_for` ago was enough: nobody was asked (RFC 9211 §2.1).
+const REMEMBERED: HeaderValue = HeaderValue::from_static("pinrange; hit; detail=remembered");
+
 /// A request that never reaches the tiers.
 #[derive(Debug)]
 #[expect(clippy::exhaustive_enums, reason = "closed: each has a status below")]
@@ -131,9 +134,13 @@ pub fn refused(refusal: &Refusal, pin: Option<&Validator>) -> Response<ResponseB
             forwarded_field(&mut response, Some(StatusCode::PRECONDITION_FAILED));
             return response;
         }
-        Refusal::NotFound => {
+        Refusal::NotFound { asked } => {
             let mut response = problem(StatusCode::NOT_FOUND, "there is no such object", &[]);
-            forwarded_field(&mut response, Some(StatusCode::NOT_FOUND));
+            if *asked {
+                forwarded_field(&mut response, Some(StatusCode::NOT_FOUND));
+            } else {
+                response.headers_mut().insert(CACHE_STATUS, REMEMBERED);
+            }
             return response;
         }
         Refusal::Unavailable { cause, .. } => (
@@ -184,9 +191,11 @@ pub fn rejected(rejected: &Rejected) -> Response<ResponseBody> {
         Rejected::Path(error) => {
             let status = match error {
                 PathError::Unknown => StatusCode::NOT_FOUND,
-                PathError::Malformed | PathError::DotSegment | PathError::TooLong => {
-                    StatusCode::BAD_REQUEST
-                }
+                PathError::Relative
+                | PathError::Malformed
+                | PathError::DotSegment
+                | PathError::Blank
+                | PathError::TooLong => StatusCode::BAD_REQUEST,
             };
             problem(status, &error.to_string(), &[])
         }
@@ -330,6 +339,9 @@ fn cache_status(trace: &Trace, method: Method) -> HeaderValue {
         return HeaderValue::from_static("pinrange; hit; detail=stale-if-error");
     }
     let Some(why) = trace.forwarded else {
+        if trace.remembered {
+            return REMEMBERED;
+        }
         return HeaderValue::from_static("pinrange; hit; detail=disk");
     };
     let mut status = Line::new();

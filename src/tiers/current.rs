@@ -248,12 +248,12 @@ impl Tiers {
         mut trace: Trace,
     ) -> Result<CurrentRevision, Refusal> {
         match label {
-            Label::Absent => Err(Refusal::NotFound),
+            Label::Absent => Err(Refusal::NotFound {
+                asked: trace.shared,
+            }),
             Label::Present(representation) => {
                 let held = self.held(&target.revision(&representation)).await;
-                if held.is_none() && trace.forwarded.is_none() {
-                    trace.forwarded = Some(Forwarded::Miss);
-                }
+                trace.remembered = held.is_none();
                 Ok(CurrentRevision {
                     representation,
                     held,

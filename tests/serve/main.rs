@@ -759,6 +759,82 @@ async fn purge_forgets_a_held_pin() {
     assert_eq!(world.get("/m/dir/object", &pinned).await.status, 404);
     assert_eq!(world.purge("/elsewhere/x").await, 404);
     assert_eq!(world.purge("/m/../x").await, 400);
+    assert_eq!(world.purge("/m/%20").await, 400);
+    assert_eq!(world.purge("m/x").await, 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purge_of_a_prefix_reaches_the_mounts_below_it() {
+    let world = World::with(Setup {
+        nested: true,
+        ..Setup::default()
+    })
+    .await;
+    let tag = world.put("nested/object", &bytes(42, PART));
+    let pinned = [("if-match", tag.as_str())];
+    for what in ["/*", "/m/*", "/m/nest*", "/m/nested/*"] {
+        let answer = world.get("/m/nested/object", &pinned).await;
+        assert_eq!(answer.status, 200);
+        world.s3.stop_accepting().await;
+        let held = world.get("/m/nested/object", &pinned).await;
+        assert_eq!(held.status, 200, "held");
+        assert_eq!(world.purge(what).await, 200, "{what}");
+        let gone = world.get("/m/nested/object", &pinned).await;
+        assert_eq!(gone.status, 503, "{what}");
+        world.s3.resume().await.unwrap();
+    }
+}
+
+/// RFC 9211 §2.2: `fwd` is of a request that went towards the origin.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forward_is_claimed_only_where_there_was_one() {
+    const REMEMBERED: &str = "pinrange; hit; detail=remembered";
+    let world = World::with(Setup {
+        fresh_for: Duration::from_mins(10),
+        ..Setup::default()
+    })
+    .await;
+    world.put("empty", &Bytes::new());
+    world.put("object", &bytes(43, 10));
+    for (method, path, status, first, second) in [
+        (
+            Method::GET,
+            "/m/missing",
+            404,
+            "pinrange; fwd=miss; fwd-status=404",
+            REMEMBERED,
+        ),
+        (
+            Method::GET,
+            "/m/empty",
+            200,
+            "pinrange; fwd=miss; fwd-status=206",
+            REMEMBERED,
+        ),
+        (
+            Method::HEAD,
+            "/m/object",
+            200,
+            "pinrange; fwd=miss; fwd-status=200",
+            REMEMBERED,
+        ),
+    ] {
+        let remote = |metrics: String| {
+            let line = "pinrange_request_ttfb_seconds_count{tier=\"remote\"} ";
+            let count = metrics.lines().find_map(|found| found.strip_prefix(line));
+            count.unwrap().parse::<u64>().unwrap()
+        };
+        for (expected, forwarded) in [(first, true), (second, false)] {
+            let before = remote(world.metrics().await);
+            world.s3.clear_log();
+            let answer = world.ask(method.clone(), path, &[]).await;
+            assert_eq!(answer.status, status, "{method} {path}");
+            assert_eq!(answer.header("cache-status"), expected, "{method} {path}");
+            assert_eq!(!world.s3.log().is_empty(), forwarded, "{method} {path}");
+            let counted = remote(world.metrics().await) > before;
+            assert_eq!(counted, forwarded, "{method} {path}");
+        }
+    }
 }
 
 /// Sent fields, the status, and the stretch of the object that comes back.

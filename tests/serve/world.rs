@@ -26,6 +26,8 @@ pub(crate) struct Setup {
     pub(crate) capacity: u64,
     pub(crate) min_free: MinFree,
     pub(crate) retries: u32,
+    /// Whether the bucket is mounted again at `/m/nested`, with the prefix `nested/`.
+    pub(crate) nested: bool,
     /// Off, so that requests to S3 can be counted: an audit comes when it comes.
     pub(crate) verify: bool,
 }
@@ -38,6 +40,7 @@ impl Default for Setup {
             capacity: 4 << 30,
             min_free: MinFree::Bytes(0),
             retries: 1,
+            nested: false,
             verify: false,
         }
     }
@@ -95,7 +98,16 @@ impl World {
         mount.fresh_for = setup.fresh_for;
         mount.retries = setup.retries;
         mount.verify = setup.verify;
-        let mut config = Config::with_mounts(vec![mount]);
+        let mut mounts = vec![mount];
+        if setup.nested {
+            let nested = MountConfig {
+                path: "/m/nested".to_owned(),
+                prefix: "nested/".to_owned(),
+                ..mounts[0].clone()
+            };
+            mounts.push(nested);
+        }
+        let mut config = Config::with_mounts(mounts);
         config.server.listen = "127.0.0.1:0".parse().unwrap();
         config.server.admin = "127.0.0.1:0".parse().unwrap();
         config.server.drain_timeout = Duration::from_secs(5);

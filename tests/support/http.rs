@@ -33,10 +33,11 @@ pub(crate) fn connect(address: SocketAddr) -> TcpStream {
 }
 
 /// The answer to one request on a connection of its own.
-pub(crate) fn ask(address: SocketAddr, request: &str) -> Answer {
+pub(crate) fn ask(address: SocketAddr, request: impl AsRef<[u8]>) -> Answer {
+    let request = request.as_ref();
     let mut stream = connect(address);
-    stream.write_all(request.as_bytes()).expect("send");
-    read(&mut BufReader::new(stream), request.starts_with("HEAD "))
+    stream.write_all(request).expect("send");
+    read(&mut BufReader::new(stream), request.starts_with(b"HEAD "))
         .expect("an answer")
         .expect("not the end")
 }
@@ -45,7 +46,7 @@ pub(crate) fn ask(address: SocketAddr, request: &str) -> Answer {
 pub(crate) fn get(address: SocketAddr, path: &str, fields: &str) -> Answer {
     ask(
         address,
-        &format!("GET {path} HTTP/1.1\r\nHost: test\r\n{fields}\r\n"),
+        format!("GET {path} HTTP/1.1\r\nHost: test\r\n{fields}\r\n"),
     )
 }
 

@@ -64,7 +64,7 @@ Exit codes:
    66  404 or 410: there is no such object
    69  the server could not be reached or did not deliver, after all retries
    73  the output cannot be created, or another download into it is under way
-   74  writing the output failed
+   74  writing the output, or the events of --json, failed
    75  the object was replaced more often than --max-restarts
    76  the server's answers contradict HTTP or each other
    77  401 or 403: access denied
@@ -136,7 +136,7 @@ impl GetArgs {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Summary {
-    /// The file, or `None` where the bytes went to standard output.
+    /// The file or device, or `None` where the bytes went to standard output.
     pub file: Option<PathBuf>,
     /// The object's length in bytes.
     pub bytes: u64,
@@ -211,11 +211,16 @@ pub async fn download(
         Ok((download, target)) => download.run(target, stdout).await,
         Err(error) => Err(error),
     };
-    match &result {
-        Ok(summary) => console.done(summary),
-        Err(error) => console.failed(error.exit_code(), &error.to_string()),
+    match result {
+        Ok(summary) => {
+            console.done(&summary);
+            console.lost().map_or(Ok(summary), Err)
+        }
+        Err(error) => {
+            console.failed(error.exit_code(), &error.to_string());
+            Err(error)
+        }
     }
-    result
 }
 
 /// Where the bytes go.
@@ -287,7 +292,11 @@ impl<'a> Download<'a> {
                     path: path.clone(),
                     why: error.to_string(),
                 })?;
-                self.to_stream(Box::new(file), &path).await
+                let summary = self.to_stream(Box::new(file), &path).await?;
+                Ok(Summary {
+                    file: Some(path),
+                    ..summary
+                })
             }
             Target::File(path) => self.to_file(path).await,
         }

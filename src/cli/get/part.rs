@@ -12,7 +12,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, IoSlice};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -189,6 +189,17 @@ impl Part {
                 Err(error) => return Err(failed(error.to_string())),
             }
         };
+        // Before the first byte: who must not read the old file must not read the new one either, complete or not.
+        if let Ok(old) = fs::metadata(&target)
+            && old.is_file()
+        {
+            keep_mode(&file, old.mode() & 0o777).map_err(|error| {
+                failed(format!(
+                    "it cannot have the mode of {}: {error}",
+                    target.display()
+                ))
+            })?;
+        }
         Ok(Self {
             state: beside(&target, ".pinrange-state"),
             path,
@@ -396,6 +407,13 @@ impl Part {
             advice: RESUME,
         }
     }
+}
+
+fn keep_mode(file: &File, mode: u32) -> io::Result<()> {
+    if file.metadata()?.mode() & 0o777 == mode {
+        return Ok(());
+    }
+    file.set_permissions(fs::Permissions::from_mode(mode))
 }
 
 /// Gives an empty file its length, and where it can be had the room for it.

@@ -1,6 +1,6 @@
 //! What the user sees while bytes arrive: a bar on a terminal, lines for a log, JSON for a program.
 
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use parking_lot::Mutex;
 use serde_json::json;
 
-use super::Summary;
+use super::{GetError, Summary};
 
 /// How messages look.
 enum Style {
@@ -22,6 +22,8 @@ enum Style {
 pub(super) struct Console {
     style: Style,
     events: Mutex<Box<dyn Write + Send>>,
+    /// The first event that could not be written.
+    lost: Mutex<Option<io::Error>>,
     received: AtomicU64,
     total: AtomicU64,
 }
@@ -31,7 +33,7 @@ impl Console {
     pub(super) fn new(json: bool, events: Box<dyn Write + Send>) -> Self {
         let style = if json {
             Style::Json
-        } else if std::io::stderr().is_terminal() {
+        } else if io::stderr().is_terminal() {
             Style::Bar(ProgressBar::hidden())
         } else {
             Style::Plain
@@ -39,6 +41,7 @@ impl Console {
         Self {
             style,
             events: Mutex::new(events),
+            lost: Mutex::default(),
             received: AtomicU64::new(0),
             total: AtomicU64::new(0),
         }
@@ -144,10 +147,23 @@ impl Console {
         }
     }
 
-    /// A reader of our messages who went away is no reason to stop the download.
+    /// Why a program that reads the events has not had all of them. One that went away wanted no more.
+    pub(super) fn lost(&self) -> Option<GetError> {
+        let is_read = matches!(self.style, Style::Json);
+        let source = self.lost.lock().take().filter(|_| is_read)?;
+        (source.kind() != io::ErrorKind::BrokenPipe).then(|| GetError::Output {
+            path: "the events (--json)".into(),
+            source,
+            advice: "the download itself is complete",
+        })
+    }
+
+    /// Messages that cannot be written are no reason to stop the download.
     fn line(&self, line: &dyn std::fmt::Display) {
         let mut events = self.events.lock();
-        let _gone = writeln!(events, "{line}").and_then(|()| events.flush());
+        if let Err(error) = writeln!(events, "{line}").and_then(|()| events.flush()) {
+            self.lost.lock().get_or_insert(error);
+        }
     }
 }
 

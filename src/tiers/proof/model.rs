@@ -421,7 +421,7 @@ impl Model {
                         "412, and the pinned revision was there all along (P4)",
                     )
                 }
-                Refusal::NotFound => {
+                Refusal::NotFound { .. } => {
                     let label = ask.if_match.is_none() && !ask.no_cache;
                     let window = if label { FRESH_FOR } else { Duration::ZERO };
                     demand(

@@ -112,7 +112,7 @@ impl Simulation {
             let answered = match &answer {
                 // The chain below it is prose.
                 Answer::Refused(Refusal::PinLost { current }) => format!("412 {current:?}"),
-                Answer::Refused(Refusal::NotFound) => "404".to_owned(),
+                Answer::Refused(Refusal::NotFound { .. }) => "404".to_owned(),
                 Answer::Refused(Refusal::Unavailable { .. }) => "503".to_owned(),
                 Answer::Refused(Refusal::TimedOut { .. }) => "504".to_owned(),
                 Answer::Refused(Refusal::BadGateway { .. }) => "502".to_owned(),
