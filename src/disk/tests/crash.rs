@@ -142,23 +142,21 @@ impl Recorder {
         std::mem::take(&mut self.state.lock().images)
     }
 
+    /// Takes an image, and keeps others from one while a checkpoint is under way: until what it made durable is known, for
+    /// the database has that already. One between the two would be of no crash: all of the log moved, and some of it lost.
     fn reached(&self, point: Point) {
-        if point == Point::Checkpointing {
-            self.image(point);
-            *self.checkpointing.lock() = true;
-            return;
-        }
-        if point == Point::Checkpointed {
-            *self.checkpointing.lock() = false;
-            self.checkpointed.notify_all();
+        let mut checkpointing = self.checkpointing.lock();
+        if point != Point::Checkpointed {
+            self.checkpointed
+                .wait_while(&mut checkpointing, |checkpointing| *checkpointing);
         }
         self.image(point);
+        *checkpointing = point == Point::Checkpointing;
+        self.checkpointed.notify_all();
     }
 
+    /// To be called with `checkpointing` locked.
     fn image(&self, point: Point) {
-        let mut checkpointing = self.checkpointing.lock();
-        self.checkpointed
-            .wait_while(&mut checkpointing, |checkpointing| *checkpointing);
         // From here on nothing can be synced, and so nothing be committed that needed a sync which is not in this image.
         let mut state = self.state.lock();
         let durable = state.named.iter().map(|name| {
