@@ -127,12 +127,12 @@ const MAX_OBJECTS: i64 = 1_000_000;
 
 /// Bytes of the log from which the durability thread moves it into the database, beside everybody else. The file
 /// keeps as many when the log begins anew. What is left is what a start has to read.
-pub(super) const LOG_MOVED_FROM: u64 = if cfg!(test) { 64 << 10 } else { 8 << 20 };
+pub(super) const LOG_MOVED_FROM: u64 = if cfg!(test) { 64 << 10 } else { 2 << 20 };
 
 /// Pages of the log, of 4 KiB, from which a commit moves it itself before the catalog's lock is given up. Moving beside
 /// commits never ends while they keep coming: SQLite begins a log anew only once all of it has been moved, and
 /// each commit meanwhile adds to it. Most of it has been moved by then, so this one is short.
-pub(super) const LOG_PAGES: u32 = 4096;
+pub(super) const LOG_PAGES: u32 = 2048;
 
 /// How long a connection waits for another one of this process. Only a checkpoint can be in the way, and briefly.
 const BUSY: Duration = Duration::from_secs(5);
