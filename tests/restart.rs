@@ -926,7 +926,7 @@ async fn systemd_passes_both_sockets_by_name() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_changed_block_size_is_told_at_the_start() {
     let world = World::new().await;
-    world.put("object", &[7; 300_000]);
+    world.put("object", &vec![7; 300_000]);
     let serving = world.start();
     assert_eq!(http::get(serving.data, "/m/object", "").status, 200);
     assert_eq!(serving.stop().code(), Some(0));
