@@ -177,6 +177,7 @@ struct Inner {
     accept_failures: Counter,
     aborted: Family<ReasonLabel, Counter>,
     rescues: Counter,
+    repeated: Counter,
     handovers_failed: Counter,
     takeover: Gauge<f64, AtomicU64>,
     audits: Children<OutcomeLabel, Counter>,
@@ -318,6 +319,11 @@ impl Metrics {
         self.0.rescues.inc_by(rescues);
     }
 
+    /// A request that was answered without being read anew.
+    pub fn repeated(&self) {
+        self.0.repeated.inc();
+    }
+
     /// Another process was about to take over and did not: this one has the cache directory again.
     pub fn handover_failed(&self) {
         self.0.handovers_failed.inc();
@@ -399,6 +405,7 @@ impl Default for Inner {
             accept_failures: Counter::default(),
             aborted: Family::default(),
             rescues: Counter::default(),
+            repeated: Counter::default(),
             handovers_failed: Counter::default(),
             takeover: Gauge::default(),
             audits: Children::new(&AUDITS),
@@ -454,6 +461,11 @@ impl Inner {
             "rescues",
             "Files that failed while they were sent, and whose bytes were brought from elsewhere",
             self.rescues.clone(),
+        );
+        registry.register(
+            "repeated_requests",
+            "Of the requests, those that were the last one of their connection but for the range, and answered without being read anew",
+            self.repeated.clone(),
         );
         registry.register(
             "handovers_failed",
@@ -880,6 +892,7 @@ mod tests {
         metrics.connections(2);
         metrics.aborted("remote");
         metrics.rescued(2);
+        metrics.repeated();
         metrics.handover_failed();
         metrics.took_over(Duration::from_millis(250));
     }
@@ -986,6 +999,7 @@ mod tests {
             ("pinrange_disk_ghost_hits_total", "12"),
             ("pinrange_disk_quarantines_total", "6"),
             ("pinrange_rescues_total", "2"),
+            ("pinrange_repeated_requests_total", "1"),
             ("pinrange_disk_open_files", "7"),
             ("pinrange_disk_swept_files_total", "8"),
             ("pinrange_disk_swept_bytes_total", "9"),

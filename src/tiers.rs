@@ -33,11 +33,12 @@ use std::time::{Duration, Instant};
 
 use tracing::Instrument;
 
-use crate::disk::{DiskError, DiskTier, HeldRevision, Lookup, PurgeTarget, Purged};
+use crate::disk::{DiskError, DiskTier, FileExtent, HeldRevision, Lookup, PurgeTarget, Purged};
 use crate::fill::{FillError, FillSource, Filler, Follow, Span};
 use crate::mount::{ForbiddenAs, Mount};
 use crate::object::{Fields, ObjectKey, Representation, Revision, Validator};
 use crate::origin::Origin;
+use crate::payload::Rescue;
 use crate::remote::{RemoteError, RemoteErrorKind};
 use crate::semantics::precondition::Method;
 use crate::semantics::{
@@ -45,6 +46,7 @@ use crate::semantics::{
 };
 
 use current::Keys;
+use reader::Means;
 pub use reader::Reader;
 
 /// What the disk has of the bytes that are asked for.
@@ -254,6 +256,38 @@ pub struct Opened {
     pub trace: Trace,
 }
 
+/// A pinned range that the disk answered from one file, to answer others of the same revision by.
+pub struct Warm {
+    means: Arc<Means>,
+    representation: Arc<Representation>,
+    /// The header fields of the revision.
+    pub fields: Fields,
+}
+
+impl Warm {
+    /// Length of the object in bytes.
+    pub fn size(&self) -> u64 {
+        self.representation.size
+    }
+
+    /// What to turn to where a file fails.
+    pub fn rescue(&self) -> Arc<dyn Rescue> {
+        Arc::clone(&self.means) as Arc<dyn Rescue>
+    }
+}
+
+impl Opened {
+    /// To answer further ranges by with [`Tiers::again`]; `None` unless the disk has all of this answer in one open file.
+    /// Says nothing of the request's other conditions: they are to be the same, and none that time changes.
+    pub fn warm(&self) -> Option<Warm> {
+        Some(Warm {
+            means: Arc::clone(self.reader.as_ref()?.means_of_whole()?),
+            representation: Arc::clone(&self.representation),
+            fields: Arc::clone(&self.fields),
+        })
+    }
+}
+
 /// One request for one object.
 pub struct Get<'a> {
     /// Which mount.
@@ -373,6 +407,20 @@ impl Tiers {
                 }
             }
         }
+    }
+
+    /// What [`open`](Self::open) would answer with for bytes `first` to `last` of the same revision, where that is a 206 out of
+    /// one open file, under the same fields as before. `None`: it may be something else. Memory only, no I/O.
+    pub fn again(&self, warm: &Warm, first: u64, last: u64) -> Option<(ByteRange, FileExtent)> {
+        let Lookup::Held(held) = self.disk.lookup(&warm.means.source.revision) else {
+            return None;
+        };
+        let (representation, fields) = held.described();
+        let same = Arc::ptr_eq(&representation, &warm.representation)
+            && Arc::ptr_eq(&fields, &warm.fields);
+        let asked = RangeSpec::Closed { first, last };
+        let range = asked.resolve(representation.size).filter(|_| same)?;
+        Some((range, held.extent(range)?))
     }
 
     /// A pin to one revision. Nothing is ever asked that the disk can answer.

@@ -18,6 +18,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod again;
 mod faults;
 mod rot;
 mod semantics_doc;
