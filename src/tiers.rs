@@ -277,9 +277,12 @@ impl Warm {
 }
 
 impl Opened {
-    /// To answer further ranges by with [`Tiers::again`]; `None` unless the disk has all of this answer in one open file.
-    /// Says nothing of the request's other conditions: they are to be the same, and none that time changes.
+    /// To answer further ranges by with [`Tiers::again`]; `None` unless this is one range, and the disk has it in one open
+    /// file.
     pub fn warm(&self) -> Option<Warm> {
+        let Verdict::Partial(_) = self.verdict else {
+            return None;
+        };
         Some(Warm {
             means: Arc::clone(self.reader.as_ref()?.means_of_whole()?),
             representation: Arc::clone(&self.representation),
@@ -409,8 +412,9 @@ impl Tiers {
         }
     }
 
-    /// What [`open`](Self::open) would answer with for bytes `first` to `last` of the same revision, where that is a 206 out of
-    /// one open file, under the same fields as before. `None`: it may be something else. Memory only, no I/O.
+    /// What [`open`](Self::open) would answer with, were the request that [`Warm`] comes from made again for bytes `first` to
+    /// `last`: the request's conditions hold of the same representation as they held before. `None`: it may be something
+    /// else. Memory only, no I/O.
     pub fn again(&self, warm: &Warm, first: u64, last: u64) -> Option<(ByteRange, FileExtent)> {
         let Lookup::Held(held) = self.disk.lookup(&warm.means.source.revision) else {
             return None;

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Buf;
 use http::header::{
-    CACHE_CONTROL, CONNECTION, DATE, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, RANGE,
-    TRANSFER_ENCODING, UPGRADE, VIA,
+    CACHE_CONTROL, CONNECTION, DATE, HOST, HeaderMap, HeaderName, HeaderValue, RANGE,
+    TRANSFER_ENCODING, VIA,
 };
 use http::{Request, Response};
 use http_body::Body as _;
@@ -114,7 +114,7 @@ impl Handler {
         response
     }
 
-    async fn answer<B: http_body::Body + Sync>(
+    async fn answer<B: Sync>(
         &self,
         request: &Request<B>,
         fields: &Fields<'_>,
@@ -162,7 +162,7 @@ impl Handler {
                     self.metrics.open_responses(1);
                 }
                 if let Some(number) = queue.repeated()
-                    && may_be_repeated(request, fields, &head)
+                    && may_be_repeated(request, fields)
                     && let Some(warm) = opened.warm()
                 {
                     end.again = Some(Box::new((number, queue.clone(), self.again(warm, request))));
@@ -283,34 +283,11 @@ fn new_id(random: &RandomState, started: Instant) -> [u8; 16] {
     })
 }
 
-/// Whether the same head may be answered the same way for another range: as long as its revision is held there is nothing
-/// else that its answer hangs on.
-fn may_be_repeated<B: http_body::Body>(
-    request: &Request<B>,
-    fields: &Fields<'_>,
-    head: &RequestHead<'_>,
-) -> bool {
-    // Conditions besides the pin are on what may change.
-    let is_pin_alone = head.if_none_match.is_none()
-        && head.if_modified_since.is_none()
-        && head.if_unmodified_since.is_none()
-        && head.if_range.is_none();
-    let names_nothing_anew = fields.id.is_none() && fields.trace.is_none();
-    // What hyper acts upon.
-    let is_plain_message = request.version() == http::Version::HTTP_11
-        && request.body().is_end_stream()
-        && !request.headers().contains_key(UPGRADE)
-        && !request.headers().contains_key(EXPECT)
-        && request
-            .headers()
-            .get_all(CONNECTION)
-            .iter()
-            .all(|value| value.as_bytes().eq_ignore_ascii_case(b"keep-alive"));
-    head.method == Method::Get
-        && !fields.no_cache
-        && is_pin_alone
-        && names_nothing_anew
-        && is_plain_message
+/// Whether two requests with this head are answered alike but for the range, as far as the answer hangs on neither what
+/// the disk holds nor its labels.
+fn may_be_repeated<B>(request: &Request<B>, fields: &Fields<'_>) -> bool {
+    // An answer to HTTP/1.0 says that it is one. The client's ids go into the log.
+    request.version() == http::Version::HTTP_11 && fields.id.is_none() && fields.trace.is_none()
 }
 
 /// A pinned range that the disk answered, and what it takes to answer others.
