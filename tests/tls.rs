@@ -1,6 +1,8 @@
 //! S3 over TLS, as the program reads it: the SDK above, the transport of our own below, and between them and the
 //! server a certificate of a private CA that `SSL_CERT_FILE` names.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::net::SocketAddr;
