@@ -679,6 +679,8 @@ impl Source {
         // often than they can send.
         if self.told.is_none() && self.answered.view.cursor() > self.flight.span.start {
             self.tell();
+            // Who has been told may share this core, and would begin when this turn is over.
+            std::thread::yield_now();
         }
         self.download.at_hand()
     }
