@@ -13,10 +13,12 @@ pub mod verify;
 
 use std::io;
 use std::num::NonZeroUsize;
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use rustix::io::Errno;
+use rustix::process::Resource;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::causes::one_line;
@@ -142,11 +144,36 @@ impl ServeArgs {
 /// (docs/PERFORMANCE.md). What sends for long lets the sockets be looked at by itself.
 const TURNS: u32 = 8192;
 
+/// Files that every command can count on being able to open. The demo, with two replicas, an S3 and a client, has 125 open;
+/// a replica begins with 30.
+const DESCRIPTORS: usize = 128;
+
+/// Raises the soft limit on open files to the hard one, as servers do: the soft one is low for the sake of
+/// programs that call `select`, which this one never does. Then makes sure of [`DESCRIPTORS`]: what fails for want of one
+/// later, fails anywhere, and some of it is not ours to report.
+///
+/// # Errors
+/// What the user reads.
+fn descriptors() -> Result<(), String> {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Where that is not allowed, the soft limit may be enough.
+    let _ = rustix::process::setrlimit(Resource::Nofile, limit);
+    let enough: io::Result<Vec<_>> = (0..DESCRIPTORS)
+        .map(|_| io::stderr().as_fd().try_clone_to_owned())
+        .collect();
+    enough.map(drop).map_err(|error| {
+        let error = with_advice(&error);
+        format!("cannot open {DESCRIPTORS} files, which is what it takes to run: {error}")
+    })
+}
+
 /// What commands run on: `threads` of them, or one a CPU.
 ///
 /// # Errors
 /// What the user reads when the system has no threads or open files left.
 pub fn runtime(threads: Option<NonZeroUsize>) -> Result<Runtime, String> {
+    descriptors()?;
     let mut builder = Builder::new_multi_thread();
     threads.map(|threads| builder.worker_threads(threads.get()));
     let built = builder.enable_all().event_interval(TURNS).build();
