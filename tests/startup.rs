@@ -138,9 +138,9 @@ async fn too_few_open_files_are_refused_with_advice() {
     );
     let get = ["get", "-o", file.to_str().unwrap(), &url];
     for args in [&["serve"][..], &["demo"], &get, &["verify"]] {
-        for limit in [5, 6, 7, 8, 12, 16, 20, 64, 120] {
+        for limit in [5, 6, 7, 8, 12, 16, 20, 64, 190] {
             let mut limited = after(&format!("ulimit -n {limit};"), &command(args));
-            refused(&mut limited, 71, &["cannot open 128 files", "ulimit -n"]);
+            refused(&mut limited, 71, &["cannot open 192 files", "ulimit -n"]);
         }
     }
     assert!(!dir.path().join("cache").exists() && !file.exists());

@@ -144,9 +144,9 @@ impl ServeArgs {
 /// (docs/PERFORMANCE.md). What sends for long lets the sockets be looked at by itself.
 const TURNS: u32 = 8192;
 
-/// Files that every command can count on being able to open. The demo, with two replicas, an S3 and a client, has 125 open;
-/// a replica begins with 30.
-const DESCRIPTORS: usize = 128;
+/// Files that every command can count on being able to open. A replica begins with 25; the demo, which is two of them, an S3
+/// and a client, gets to 125.
+const DESCRIPTORS: usize = 192;
 
 /// Raises the soft limit on open files to the hard one, as servers do: the soft one is low for the sake of
 /// programs that call `select`, which this one never does. Then makes sure of [`DESCRIPTORS`]: what fails for want of one

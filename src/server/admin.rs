@@ -199,7 +199,7 @@ fn weight(fields: &HeaderMap, names: [&str; 3]) -> f32 {
         .map(|range| {
             let mut parts = range.split(';').map(str::trim);
             let name = parts.next().unwrap_or_default();
-            let said = parts.find_map(|part| part.strip_prefix("q=").or(part.strip_prefix("Q=")));
+            let said = parts.find_map(|part| part.strip_prefix(['q', 'Q'])?.strip_prefix('='));
             let weight = said.map_or(1.0, |said| said.parse().unwrap_or(0.0));
             (name, weight)
         })
