@@ -198,8 +198,46 @@ fn with_advice(error: &(dyn std::error::Error + 'static)) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::task::Poll;
+
     use super::*;
     use crate::server::replica::StartError;
+
+    /// In turns of the only thread: as many connections as have something to do get theirs before a socket's news is heard.
+    #[test]
+    fn all_who_can_run_have_a_turn_before_the_sockets_are_looked_at() {
+        let turns = async {
+            let (mut here, there) = UnixStream::pair().unwrap();
+            there.set_nonblocking(true).unwrap();
+            let there = tokio::net::UnixStream::from_std(there).unwrap();
+            let heard = Arc::new(AtomicBool::new(false));
+            let to_tell = Arc::clone(&heard);
+            tokio::spawn(async move {
+                there.readable().await.unwrap();
+                to_tell.store(true, Ordering::Relaxed);
+            });
+            let mut turns = 0;
+            std::future::poll_fn(|context| {
+                if turns == 10 {
+                    here.write_all(b"news").unwrap();
+                }
+                if heard.load(Ordering::Relaxed) {
+                    return Poll::Ready(turns);
+                }
+                turns += 1;
+                context.waker().wake_by_ref();
+                Poll::Pending
+            })
+            .await
+        };
+        let runtime = runtime(NonZeroUsize::new(1)).unwrap();
+        let turns = runtime.block_on(runtime.spawn(turns)).unwrap();
+        assert!((TURNS / 2..2 * TURNS).contains(&turns), "{turns} turns");
+    }
 
     #[test]
     fn too_few_open_files_come_with_advice() {
