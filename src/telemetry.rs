@@ -187,6 +187,30 @@ impl Metrics {
     /// What [`Metrics::encode`] writes: `OpenMetrics` text, which Prometheus asks for by default.
     pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+    /// What [`Metrics::as_text`] writes: the format from before `OpenMetrics`.
+    pub const TEXT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+    /// What [`Metrics::encode`] wrote, in the format from before `OpenMetrics`, for scrapers that know no other. The samples
+    /// are the same; but there a counter's family is named as its samples are, and there are neither units nor an end.
+    pub fn as_text(open_metrics: &str) -> String {
+        let mut text = String::with_capacity(open_metrics.len());
+        let mut help = "";
+        for line in open_metrics.split_inclusive('\n') {
+            if let Some(of) = line.strip_prefix("# HELP ") {
+                // What is helped with is named by the type, a line below.
+                help = of;
+            } else if let Some((name, kind)) = announced(line) {
+                let total = if kind == "counter\n" { "_total" } else { "" };
+                let sentence = help.strip_prefix(name).unwrap_or("\n");
+                text.extend(["# HELP ", name, total, sentence]);
+                text.extend(["# TYPE ", name, total, " ", kind]);
+            } else if !line.starts_with('#') {
+                text.push_str(line);
+            }
+        }
+        text
+    }
+
     /// One answered request: what it was answered with, the tier its body came from (`none` without
     /// a body), the time from the request's head to the first body byte handed to the connection,
     /// and to the last.
@@ -735,6 +759,11 @@ labels! {
     VersionLabel["version"];
 }
 
+/// Name and type of the family that a line announces, the line's end included.
+fn announced(line: &str) -> Option<(&str, &str)> {
+    line.strip_prefix("# TYPE ")?.split_once(' ')
+}
+
 /// A family, and handles to the children that are used most.
 struct Children<L, M> {
     family: Family<L, M>,
@@ -921,6 +950,49 @@ mod tests {
             out: true,
             ..DiskStats::default()
         }
+    }
+
+    /// By the rules of the format: <https://prometheus.io/docs/instrumenting/exposition_formats/>.
+    #[test]
+    fn the_older_text_format_has_the_same_samples() {
+        let metrics = Metrics::default();
+        record_everything(&metrics);
+        let open = metrics.encode(Some(&disk_stats()));
+        let text = Metrics::as_text(&open);
+        let samples = |text: &str| {
+            let lines = text.lines().filter(|line| !line.starts_with('#'));
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(samples(&text), samples(&open));
+        let (mut helped, mut family, mut kind) = ("", "", "");
+        let mut families = 0;
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# HELP ") {
+                let (name, sentence) = rest.split_once(' ').expect(line);
+                assert!(sentence.ends_with('.') && sentence.len() > 3, "{line}");
+                helped = name;
+            } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+                (family, kind) = rest.split_once(' ').expect(line);
+                assert_eq!(family, helped);
+                assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+                families += 1;
+            } else {
+                let name = line.split(['{', ' ']).next().expect(line);
+                let suffix = name.strip_prefix(family).expect(line);
+                let right = match kind {
+                    "histogram" => ["_bucket", "_sum", "_count"].contains(&suffix),
+                    _ => suffix.is_empty(),
+                };
+                assert!(
+                    right && name.ends_with("_total") == (kind == "counter"),
+                    "{line}"
+                );
+            }
+        }
+        assert_eq!(families, open.matches("# TYPE ").count());
+        let announced = "# HELP pinrange_sent_bytes_total Body bytes sent to clients by tier.\n\
+                         # TYPE pinrange_sent_bytes_total counter\n";
+        assert!(text.contains(announced), "{text}");
     }
 
     #[test]

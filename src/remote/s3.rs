@@ -1198,7 +1198,7 @@ fn classify(op: &'static str, head: &Head, code: Option<&str>) -> (RemoteErrorKi
             ),
         ),
         (403, Some("InvalidObjectState")) => (
-            Kind::Forbidden,
+            Kind::Archived,
             "the object is archived: restore it first".to_owned(),
         ),
         (403, _) => (
@@ -1291,10 +1291,14 @@ where
                 RemoteErrorKind::Unavailable,
                 "the AWS credentials cannot be had just now",
             ),
-            None if is_not_http(&error) => (
+            None if has_cause(&error, hyper::Error::is_parse_too_large) => (
                 RemoteErrorKind::Protocol,
-                "the response is not HTTP or its head is too long",
+                "the head of S3's response has more fields or bytes than we read: does the object have more user \
+                 metadata (x-amz-meta-) than S3 allows?",
             ),
+            None if has_cause(&error, hyper::Error::is_parse) => {
+                (RemoteErrorKind::Protocol, "the response is not HTTP")
+            }
             None => match &error {
                 SdkError::ConstructionFailure(_) => {
                     (RemoteErrorKind::Misconfigured, "the request cannot be made")
@@ -1317,8 +1321,8 @@ fn credentials_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a Cred
     chain(error).find_map(|error| error.downcast_ref())
 }
 
-fn is_not_http(error: &(dyn StdError + 'static)) -> bool {
-    chain(error).any(|error| error.downcast_ref().is_some_and(hyper::Error::is_parse))
+fn has_cause(error: &(dyn StdError + 'static), is: impl Fn(&hyper::Error) -> bool) -> bool {
+    chain(error).any(|error| error.downcast_ref().is_some_and(&is))
 }
 
 fn chain<'a>(

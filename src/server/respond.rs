@@ -230,9 +230,13 @@ pub fn refused(refusal: &Refusal, pin: Option<&Validator>) -> Response<ResponseB
             cause,
             None,
         ),
-        Refusal::BadGateway { cause } => (
+        Refusal::BadGateway { archived, cause } => (
             StatusCode::BAD_GATEWAY,
-            "the storage behind this server gave an answer that cannot be used",
+            if *archived {
+                "the object is archived in the storage behind this server: it has to be restored before it can be read"
+            } else {
+                "the storage behind this server gave an answer that cannot be used"
+            },
             cause,
             None,
         ),

@@ -57,6 +57,9 @@ const BUFFER: usize = 128 << 10;
 /// Buffers that are kept while nobody uses them.
 const SPARE_BUFFERS: usize = 16;
 
+/// Most fields of a response's head. S3 takes 8 KB of head with a PUT, and so at most 450 fields of user metadata.
+const MAX_FIELDS: usize = 512;
+
 type BoxError = Box<dyn StdError + Send + Sync>;
 type Socket = MaybeHttpsStream<TokioIo<TcpStream>>;
 
@@ -244,7 +247,11 @@ type Answer = (http::response::Parts, Incoming, Option<Connection>);
 
 /// A request and the head of its response. The connection is `None` where it has ended.
 async fn exchange(socket: Socket, request: Request<Empty<Bytes>>) -> Result<Answer, WireError> {
-    let (mut sender, driver) = http1::handshake(socket).await.map_err(WireError::Http)?;
+    let (mut sender, driver) = http1::Builder::new()
+        .max_headers(MAX_FIELDS)
+        .handshake(socket)
+        .await
+        .map_err(WireError::Http)?;
     let mut driver = Some(driver);
     let mut answer = pin!(sender.send_request(request));
     let answer = std::future::poll_fn(|cx| {
