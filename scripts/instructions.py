@@ -35,10 +35,13 @@ CORES = f"0-{os.cpu_count() - 1}"
 BASELINE = pathlib.Path(__file__).with_suffix(".json")
 # A function that costs less per request is not listed.
 SMALLEST = 20
+# `alike`: one head differs from the next in its range alone, as in a download in pieces (ADR 23).
 CASES = {
-    "4 KiB": {"length": 4 * KIB, "log": "warn"},
-    "64 KiB": {"length": 64 * KIB, "log": "warn"},
-    "4 KiB, a log line each": {"length": 4 * KIB, "log": "info"},
+    "4 KiB": {"length": 4 * KIB, "log": "warn", "alike": True},
+    "64 KiB": {"length": 64 * KIB, "log": "warn", "alike": True},
+    "4 KiB, a log line each": {"length": 4 * KIB, "log": "info", "alike": True},
+    "4 KiB, no two heads alike": {"length": 4 * KIB, "log": "warn", "alike": False},
+    "64 KiB, no two heads alike": {"length": 64 * KIB, "log": "warn", "alike": False},
 }
 
 
@@ -109,17 +112,17 @@ def tools():
     }
 
 
-def per_request(directory, options, length, log):
+def per_request(directory, options, length, log, alike):
     """The instructions of one request, by function."""
     objects = directory / "objects"
     objects.mkdir()
     (objects / servers.OBJECT).write_bytes(random.Random(1).randbytes(OBJECT))
-    few, many = (run(directory, options, length, log, count) for count in (options.requests, 2 * options.requests))
+    few, many = (run(directory, options, length, log, alike, count) for count in (options.requests, 2 * options.requests))
     difference = {function: many[function] - few[function] for function in few | many}
     return collections.Counter({function: round(cost / options.requests) for function, cost in difference.items()})
 
 
-def run(directory, options, length, log, requests):
+def run(directory, options, length, log, alike, requests):
     """The costs of a whole run with so many requests, by function."""
     environment = {
         "PINRANGE_LOG": log,
@@ -145,21 +148,21 @@ def run(directory, options, length, log, requests):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             answers = connection.makefile("rb")
             choice = random.Random(2)
-            for _ in range(requests):
+            for turn in range(requests):
                 first = choice.randrange(OBJECT // length) * length
-                ask(server, connection, answers, first, length)
+                ask(server, connection, answers, first, length, 0 if alike else turn)
     if processes.exit_codes["pinrange"] != 0:
         raise stack.Broken(f"the server ended with {processes.exit_codes}: {(directory / 'pinrange.log').read_text()}")
     return self_costs(counted)
 
 
-def ask(server, connection, answers, first, length):
+def ask(server, connection, answers, first, length, turn):
     """One pinned range, once the server is done with the one before."""
     while not all_sleep(server.process.pid):
         pass
     connection.sendall(
         f"GET {server.path} HTTP/1.1\r\nHost: instructions\r\nRange: bytes={first}-{first + length - 1}\r\n"
-        f"If-Match: {server.etag}\r\n\r\n".encode()
+        f"X-Turn: {turn:06}\r\nIf-Match: {server.etag}\r\n\r\n".encode()
     )
     head = [answers.readline()]
     while head[-1].strip():

@@ -76,6 +76,7 @@ def arguments():
     parser.add_argument("--quick", action="store_true", help="a few cells, a second each: does it work?")
     parser.add_argument("--pinrange", default="target/release/pinrange", metavar="PROGRAM")
     parser.add_argument("--origin", default="target/release/examples/origin", metavar="PROGRAM")
+    parser.add_argument("--relay", default="target/release/examples/relay", metavar="PROGRAM", help="for cold")
     parser.add_argument("--rounds", type=int, help="of which the median counts [5]")
     parser.add_argument("--other-rounds", type=int, help="of the competitors that are far behind [3]")
     parser.add_argument("--seconds", type=int, default=1, help="of each run, longer where ranges are long and connections many [1]")
@@ -113,6 +114,8 @@ def arguments():
     options.pair_cells = warm.PAIR_CELLS[:1] if options.quick else warm.PAIR_CELLS
     for name in ("pinrange", "origin"):
         setattr(options, name, str(pathlib.Path(getattr(options, name)).resolve(strict=True)))
+    # For `cold` alone, which says that it is missing.
+    options.relay = str(pathlib.Path(options.relay).resolve())
     return options
 
 

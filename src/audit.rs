@@ -286,7 +286,7 @@ mod tests {
     use crate::mount::ForbiddenAs;
     use crate::object::{ObjectKey, Representation};
     use crate::remote::Remote as _;
-    use crate::remote::fault::{Effect, FaultRemote, Op};
+    use crate::remote::fault::{Effect, FaultRemote, Gate, Op};
     use crate::remote::memory::MemoryRemote;
     use crate::semantics::ByteRange;
 
@@ -449,6 +449,27 @@ mod tests {
         assert!(world.counted(Outcome::Failed, 1) && world.is_held(&denied).await);
         assert_eq!(world.audit(&denied).await, 1, "it may be allowed by now");
         assert!(world.counted(Outcome::Match, 1));
+    }
+
+    /// Another process writes the tier by the time S3 has answered: there is nothing to record, and nothing has failed.
+    #[tokio::test]
+    async fn a_tier_that_was_handed_over_meanwhile_is_no_failure() {
+        let world = World::new(true);
+        let representation = world.put("k");
+        let revision = world.hold("k", &representation, World::bytes(7)).await;
+        let gate = Gate::new();
+        world
+            .remote
+            .on(Op::Checksums, 1, Effect::Hold(gate.clone()));
+        let hand_over = async {
+            gate.reached().await;
+            world.desk.disk.release().await.unwrap();
+            gate.open();
+        };
+        let (asked, ()) = tokio::join!(world.audit(&revision), hand_over);
+        assert_eq!(asked, 1);
+        assert!(world.counted(Outcome::Match, 1) && world.counted(Outcome::Failed, 0));
+        assert_eq!(world.desk.disk.whole(&revision).await.unwrap(), None);
     }
 
     #[tokio::test]

@@ -57,7 +57,7 @@ use crate::disk::{
     BlockWriter, DiskError, DiskTier, FileExtent, HeldRevision, Lookup, PurgeTarget, Reservation,
     WriterView,
 };
-use crate::object::{Representation, Revision};
+use crate::object::{ObjectKey, Representation, Revision};
 use crate::origin::{Download, Origin, Origins};
 use crate::remote::{Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TRACEPARENT};
 use crate::semantics::ByteRange;
@@ -456,6 +456,53 @@ impl Filler {
         self.flights.call_off(matches);
     }
 
+    /// Holds a revision without a byte, which no flight is ever for. `representation` is what the remote said in `era`, in an
+    /// answer that named both validator and length: there are no bytes that could be another's (P2). `None`: the disk does not
+    /// take it just now, or there was a purge since.
+    ///
+    /// Cancelling does not stop it.
+    pub async fn hold_empty(
+        self: &Arc<Self>,
+        key: &ObjectKey,
+        representation: &Arc<Representation>,
+        era: u64,
+    ) -> Option<Arc<HeldRevision>> {
+        debug_assert_eq!(representation.size, 0);
+        let running = self.running.lock().clone();
+        let (me, key, representation) = (Arc::clone(self), key.clone(), Arc::clone(representation));
+        let work = async move {
+            // A disk that takes nothing says so here.
+            let _room = me.disk.reserve(0).await?;
+            me.admit(&key, &representation, || me.era() != era).await
+        };
+        // Among the flights, so that whoever waits for these waits for it.
+        let held = running.tasks.spawn(async move {
+            match running.call_off.run_until_cancelled(work).await {
+                Some(Ok(held)) => held,
+                Some(Err(error)) => {
+                    tracing::debug!(error = one_line(&error), "an empty object is not held");
+                    None
+                }
+                None => None,
+            }
+        });
+        held.await.ok().flatten()
+    }
+
+    /// Registers the revision under the validator that came with these bytes (P2). `None`: a purge called it off.
+    async fn admit(
+        &self,
+        key: &ObjectKey,
+        representation: &Representation,
+        called_off: impl Fn() -> bool,
+    ) -> Result<Option<Arc<HeldRevision>>, DiskError> {
+        unless_called_off(called_off, self.disk.admit(key, representation), async {
+            let target = PurgeTarget::Key(key.clone());
+            self.disk.purge(target).await.map(|_purged| ())
+        })
+        .await
+    }
+
     /// Drops all flights and waits until they are gone. Completed blocks stay.
     pub async fn shutdown(&self) {
         self.stop.cancel();
@@ -628,25 +675,20 @@ impl Task {
         }
     }
 
-    /// Registers the revision under the validator that came with these bytes (P2), for a writer.
+    /// Registers the revision for a writer.
     async fn admit(
         &self,
         representation: &Representation,
         reservation: Reservation,
     ) -> Result<(Answered, BlockWriter), FillError> {
-        let key = &self.source.revision.key;
-        let store = &self.filler.disk;
-        let held = unless_called_off(
-            || self.flight.purged.load(Ordering::Acquire),
-            store.admit(key, representation),
-            async {
-                let target = PurgeTarget::Key(key.clone());
-                store.purge(target).await.map(|_purged| ())
-            },
-        )
-        .await
-        .map_err(disk)?
-        .ok_or_else(FillError::purged)?;
+        let held = self
+            .filler
+            .admit(&self.source.revision.key, representation, || {
+                self.flight.purged.load(Ordering::Acquire)
+            })
+            .await
+            .map_err(disk)?
+            .ok_or_else(FillError::purged)?;
         let span = self.flight.span;
         let range = ByteRange::from_bounds(span.start, span.end.min(representation.size))
             .ok_or_else(|| {
@@ -679,6 +721,8 @@ impl Source {
         // often than they can send.
         if self.told.is_none() && self.answered.view.cursor() > self.flight.span.start {
             self.tell();
+            // Who has been told may share this core, and would begin when this turn is over.
+            std::thread::yield_now();
         }
         self.download.at_hand()
     }

@@ -177,6 +177,7 @@ struct Inner {
     accept_failures: Counter,
     aborted: Family<ReasonLabel, Counter>,
     rescues: Counter,
+    repeated: Counter,
     handovers_failed: Counter,
     takeover: Gauge<f64, AtomicU64>,
     audits: Children<OutcomeLabel, Counter>,
@@ -185,6 +186,30 @@ struct Inner {
 impl Metrics {
     /// What [`Metrics::encode`] writes: `OpenMetrics` text, which Prometheus asks for by default.
     pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+    /// What [`Metrics::as_text`] writes: the format from before `OpenMetrics`.
+    pub const TEXT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+    /// What [`Metrics::encode`] wrote, in the format from before `OpenMetrics`, for scrapers that know no other. The samples
+    /// are the same; but there a counter's family is named as its samples are, and there are neither units nor an end.
+    pub fn as_text(open_metrics: &str) -> String {
+        let mut text = String::with_capacity(open_metrics.len());
+        let mut help = "";
+        for line in open_metrics.split_inclusive('\n') {
+            if let Some(of) = line.strip_prefix("# HELP ") {
+                // What is helped with is named by the type, a line below.
+                help = of;
+            } else if let Some((name, kind)) = announced(line) {
+                let total = if kind == "counter\n" { "_total" } else { "" };
+                let sentence = help.strip_prefix(name).unwrap_or("\n");
+                text.extend(["# HELP ", name, total, sentence]);
+                text.extend(["# TYPE ", name, total, " ", kind]);
+            } else if !line.starts_with('#') {
+                text.push_str(line);
+            }
+        }
+        text
+    }
 
     /// One answered request: what it was answered with, the tier its body came from (`none` without
     /// a body), the time from the request's head to the first body byte handed to the connection,
@@ -318,6 +343,11 @@ impl Metrics {
         self.0.rescues.inc_by(rescues);
     }
 
+    /// A request that was answered without being read anew.
+    pub fn repeated(&self) {
+        self.0.repeated.inc();
+    }
+
     /// Another process was about to take over and did not: this one has the cache directory again.
     pub fn handover_failed(&self) {
         self.0.handovers_failed.inc();
@@ -399,6 +429,7 @@ impl Default for Inner {
             accept_failures: Counter::default(),
             aborted: Family::default(),
             rescues: Counter::default(),
+            repeated: Counter::default(),
             handovers_failed: Counter::default(),
             takeover: Gauge::default(),
             audits: Children::new(&AUDITS),
@@ -454,6 +485,11 @@ impl Inner {
             "rescues",
             "Files that failed while they were sent, and whose bytes were brought from elsewhere",
             self.rescues.clone(),
+        );
+        registry.register(
+            "repeated_requests",
+            "Of the requests, those that were the last one of their connection but for the range, and answered without being read anew",
+            self.repeated.clone(),
         );
         registry.register(
             "handovers_failed",
@@ -723,6 +759,11 @@ labels! {
     VersionLabel["version"];
 }
 
+/// Name and type of the family that a line announces, the line's end included.
+fn announced(line: &str) -> Option<(&str, &str)> {
+    line.strip_prefix("# TYPE ")?.split_once(' ')
+}
+
 /// A family, and handles to the children that are used most.
 struct Children<L, M> {
     family: Family<L, M>,
@@ -880,6 +921,7 @@ mod tests {
         metrics.connections(2);
         metrics.aborted("remote");
         metrics.rescued(2);
+        metrics.repeated();
         metrics.handover_failed();
         metrics.took_over(Duration::from_millis(250));
     }
@@ -908,6 +950,49 @@ mod tests {
             out: true,
             ..DiskStats::default()
         }
+    }
+
+    /// By the rules of the format: <https://prometheus.io/docs/instrumenting/exposition_formats/>.
+    #[test]
+    fn the_older_text_format_has_the_same_samples() {
+        let metrics = Metrics::default();
+        record_everything(&metrics);
+        let open = metrics.encode(Some(&disk_stats()));
+        let text = Metrics::as_text(&open);
+        let samples = |text: &str| {
+            let lines = text.lines().filter(|line| !line.starts_with('#'));
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(samples(&text), samples(&open));
+        let (mut helped, mut family, mut kind) = ("", "", "");
+        let mut families = 0;
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# HELP ") {
+                let (name, sentence) = rest.split_once(' ').expect(line);
+                assert!(sentence.ends_with('.') && sentence.len() > 3, "{line}");
+                helped = name;
+            } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+                (family, kind) = rest.split_once(' ').expect(line);
+                assert_eq!(family, helped);
+                assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
+                families += 1;
+            } else {
+                let name = line.split(['{', ' ']).next().expect(line);
+                let suffix = name.strip_prefix(family).expect(line);
+                let right = match kind {
+                    "histogram" => ["_bucket", "_sum", "_count"].contains(&suffix),
+                    _ => suffix.is_empty(),
+                };
+                assert!(
+                    right && name.ends_with("_total") == (kind == "counter"),
+                    "{line}"
+                );
+            }
+        }
+        assert_eq!(families, open.matches("# TYPE ").count());
+        let announced = "# HELP pinrange_sent_bytes_total Body bytes sent to clients by tier.\n\
+                         # TYPE pinrange_sent_bytes_total counter\n";
+        assert!(text.contains(announced), "{text}");
     }
 
     #[test]
@@ -986,6 +1071,7 @@ mod tests {
             ("pinrange_disk_ghost_hits_total", "12"),
             ("pinrange_disk_quarantines_total", "6"),
             ("pinrange_rescues_total", "2"),
+            ("pinrange_repeated_requests_total", "1"),
             ("pinrange_disk_open_files", "7"),
             ("pinrange_disk_swept_files_total", "8"),
             ("pinrange_disk_swept_bytes_total", "9"),

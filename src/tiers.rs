@@ -33,18 +33,20 @@ use std::time::{Duration, Instant};
 
 use tracing::Instrument;
 
-use crate::disk::{DiskError, DiskTier, HeldRevision, Lookup, PurgeTarget, Purged};
+use crate::disk::{DiskError, DiskTier, FileExtent, HeldRevision, Lookup, PurgeTarget, Purged};
 use crate::fill::{FillError, FillSource, Filler, Follow, Span};
 use crate::mount::{ForbiddenAs, Mount};
 use crate::object::{Fields, ObjectKey, Representation, Revision, Validator};
 use crate::origin::Origin;
-use crate::remote::{RemoteError, RemoteErrorKind};
+use crate::payload::Rescue;
+use crate::remote::{Current, RemoteError, RemoteErrorKind};
 use crate::semantics::precondition::Method;
 use crate::semantics::{
     ByteRange, EntityTagList, RangeSpec, Ranges, RequestHead, Verdict, evaluate,
 };
 
 use current::Keys;
+use reader::Means;
 pub use reader::Reader;
 
 /// What the disk has of the bytes that are asked for.
@@ -77,6 +79,8 @@ pub enum RemoteSays {
     Lies,
     /// It denies us the read.
     Denied,
+    /// It has it, in an archive that has to restore it before anybody can read it.
+    Archived,
     /// The bucket is missing or the credentials are wrong.
     Misconfigured,
 }
@@ -91,6 +95,7 @@ impl RemoteSays {
             // Unsatisfiable is taken care of where a range is asked for; here it contradicts us.
             RemoteErrorKind::Protocol | RemoteErrorKind::Unsatisfiable { .. } => Self::Lies,
             RemoteErrorKind::Forbidden => Self::Denied,
+            RemoteErrorKind::Archived => Self::Archived,
             RemoteErrorKind::Misconfigured => Self::Misconfigured,
         }
     }
@@ -132,7 +137,7 @@ pub fn settle(disk: OnDisk, remote: RemoteSays, ask_first: bool, denied: Forbidd
         RemoteSays::Absent => Outcome::NotFound,
         RemoteSays::Down => Outcome::Unavailable,
         RemoteSays::Slow => Outcome::TimedOut,
-        RemoteSays::Lies | RemoteSays::Misconfigured => Outcome::BadGateway,
+        RemoteSays::Lies | RemoteSays::Archived | RemoteSays::Misconfigured => Outcome::BadGateway,
         RemoteSays::Denied => match denied {
             ForbiddenAs::BadGateway => Outcome::BadGateway,
             ForbiddenAs::NotFound => Outcome::NotFound,
@@ -171,6 +176,8 @@ pub enum Refusal {
     },
     /// The remote lies or denies us.
     BadGateway {
+        /// The object is there and would be answered with, were it restored from its archive.
+        archived: bool,
         /// For the log.
         cause: Arc<dyn std::error::Error + Send + Sync>,
     },
@@ -196,7 +203,7 @@ pub struct Trace {
     pub stale: bool,
     /// The remote said that what is held is still current.
     pub confirmed: bool,
-    /// The label is fresh and nothing is held under it. Where the answer has no body, as for an empty object or a HEAD, the
+    /// The label is fresh and nothing is held under it. Where the answer has no body, as to a HEAD, the
     /// label is all that it takes.
     pub remembered: bool,
     /// Waited for the byte budget of the fills.
@@ -252,6 +259,41 @@ pub struct Opened {
     pub reader: Option<Reader>,
     /// How it came about.
     pub trace: Trace,
+}
+
+/// A pinned range that the disk answered from one file, to answer others of the same revision by.
+pub struct Warm {
+    means: Arc<Means>,
+    representation: Arc<Representation>,
+    /// The header fields of the revision.
+    pub fields: Fields,
+}
+
+impl Warm {
+    /// Length of the object in bytes.
+    pub fn size(&self) -> u64 {
+        self.representation.size
+    }
+
+    /// What to turn to where a file fails.
+    pub fn rescue(&self) -> Arc<dyn Rescue> {
+        Arc::clone(&self.means) as Arc<dyn Rescue>
+    }
+}
+
+impl Opened {
+    /// To answer further ranges by with [`Tiers::again`]; `None` unless this is one range, and the disk has it in one open
+    /// file.
+    pub fn warm(&self) -> Option<Warm> {
+        let Verdict::Partial(_) = self.verdict else {
+            return None;
+        };
+        Some(Warm {
+            means: Arc::clone(self.reader.as_ref()?.means_of_whole()?),
+            representation: Arc::clone(&self.representation),
+            fields: Arc::clone(&self.fields),
+        })
+    }
 }
 
 /// One request for one object.
@@ -375,6 +417,21 @@ impl Tiers {
         }
     }
 
+    /// What [`open`](Self::open) would answer with, were the request that [`Warm`] comes from made again for bytes `first` to
+    /// `last`: the request's conditions hold of the same representation as they held before. `None`: it may be something
+    /// else. Memory only, no I/O.
+    pub fn again(&self, warm: &Warm, first: u64, last: u64) -> Option<(ByteRange, FileExtent)> {
+        let Lookup::Held(held) = self.disk.lookup(&warm.means.source.revision) else {
+            return None;
+        };
+        let (representation, fields) = held.described();
+        let same = Arc::ptr_eq(&representation, &warm.representation)
+            && Arc::ptr_eq(&fields, &warm.fields);
+        let asked = RangeSpec::Closed { first, last };
+        let range = asked.resolve(representation.size).filter(|_| same)?;
+        Some((range, held.extent(range)?))
+    }
+
     /// A pin to one revision. Nothing is ever asked that the disk can answer.
     async fn open_pinned(&self, target: &Target<'_>, pin: Validator) -> Result<Opened, Refusal> {
         let head = target.get.head;
@@ -457,6 +514,7 @@ impl Tiers {
         trace: &mut Trace,
     ) -> Result<(Arc<Representation>, Option<Arc<HeldRevision>>), OpenError> {
         let started = Instant::now();
+        let era = self.filler.era();
         let head = target.get.head;
         let result = match held {
             Some(held) if head.method == Method::Get && !target.get.no_cache => {
@@ -472,7 +530,32 @@ impl Tiers {
             _ => self.first_guarded_read(target, source, trace).await,
         };
         trace.remote += started.elapsed();
-        result
+        match result {
+            Ok((representation, None)) => {
+                let held = self.hold_empty(target, &representation, era, trace).await;
+                Ok((representation, held))
+            }
+            result => result,
+        }
+    }
+
+    /// What the remote said in `era` is held if there are no bytes to it. All others are held with their first bytes.
+    async fn hold_empty(
+        &self,
+        target: &Target<'_>,
+        representation: &Arc<Representation>,
+        era: u64,
+        trace: &mut Trace,
+    ) -> Option<Arc<HeldRevision>> {
+        if representation.size > 0 {
+            return None;
+        }
+        let held = self
+            .filler
+            .hold_empty(&target.key, representation, era)
+            .await;
+        trace.stored |= held.is_some();
+        held
     }
 
     async fn stat_pinned(
@@ -494,8 +577,35 @@ impl Tiers {
             let read = self.origin(target).read(&guard, want).await?;
             return Ok(read.representation);
         }
-        let key = target.key.key();
-        Ok(self.origin(target).stat(key, Some(pin)).await?)
+        Ok(self.stat(target, Some(pin)).await?)
+    }
+
+    /// HEAD of the current revision, or with `pin` of that one. Where a 403 means that the key is missing, a GET of one byte has
+    /// to say so too: S3's answer to a HEAD has no body that could tell a key that is missing from credentials that are wrong.
+    async fn stat(
+        &self,
+        target: &Target<'_>,
+        pin: Option<&Validator>,
+    ) -> Result<Representation, RemoteError> {
+        let (origin, key) = (self.origin(target), target.key.key());
+        let error = match origin.stat(key, pin).await {
+            Err(error) if error.kind == RemoteErrorKind::Forbidden => error,
+            answer => return answer,
+        };
+        if target.get.mount.forbidden != ForbiddenAs::NotFound {
+            return Err(error);
+        }
+        let want = RangeSpec::Closed { first: 0, last: 0 };
+        match pin {
+            Some(pin) => {
+                let guard = target.source(pin.clone(), None).guard();
+                Ok(origin.read(&guard, want).await?.representation)
+            }
+            None => match origin.read_current(key, Some(want), None).await? {
+                Current::Read(read) => Ok(read.representation),
+                Current::NotModified { .. } => Err(error),
+            },
+        }
     }
 
     /// The first read of a revision of which nothing is known but its validator. It is a fill like any
@@ -732,6 +842,7 @@ impl Tiers {
                 cause: Arc::new(error),
             },
             Outcome::BadGateway => Refusal::BadGateway {
+                archived: remote == RemoteSays::Archived,
                 cause: Arc::new(error),
             },
             Outcome::Unavailable | Outcome::FromDisk | Outcome::AskRemote | Outcome::Serve => {
@@ -863,10 +974,11 @@ mod tests {
         Silent,
         Contradicts,
         Denies,
+        HasArchived,
         NoBucket,
     }
 
-    const WORLDS: [S3; 8] = [
+    const WORLDS: [S3; 9] = [
         S3::HasPinned,
         S3::HasOther,
         S3::HasNothing,
@@ -874,6 +986,7 @@ mod tests {
         S3::Silent,
         S3::Contradicts,
         S3::Denies,
+        S3::HasArchived,
         S3::NoBucket,
     ];
 
@@ -886,6 +999,7 @@ mod tests {
             S3::Silent => RemoteSays::Slow,
             S3::Contradicts => RemoteSays::Lies,
             S3::Denies => RemoteSays::Denied,
+            S3::HasArchived => RemoteSays::Archived,
             S3::NoBucket => RemoteSays::Misconfigured,
         }
     }
@@ -909,9 +1023,8 @@ mod tests {
             (S3::HasNothing, _) | (S3::Denies, ForbiddenAs::NotFound) => Outcome::NotFound,
             (S3::Unreachable, _) => Outcome::Unavailable,
             (S3::Silent, _) => Outcome::TimedOut,
-            (S3::Contradicts | S3::NoBucket, _) | (S3::Denies, ForbiddenAs::BadGateway) => {
-                Outcome::BadGateway
-            }
+            (S3::Contradicts | S3::HasArchived | S3::NoBucket, _)
+            | (S3::Denies, ForbiddenAs::BadGateway) => Outcome::BadGateway,
         }
     }
 

@@ -468,15 +468,18 @@ async fn a_server_that_is_away_is_unavailable() {
 
 #[tokio::test]
 async fn what_is_not_http_is_a_protocol_error() {
-    let many = "X-Field: x\r\n".repeat(200);
-    for head in [
-        "SSH-2.0-OpenSSH_9.2\r\n".to_owned(),
-        GOOD.replacen("ETag", &format!("{many}ETag"), 1),
+    let many = "X-Field: x\r\n".repeat(600);
+    for (head, says) in [
+        ("SSH-2.0-OpenSSH_9.2\r\n".to_owned(), "not HTTP"),
+        (
+            GOOD.replacen("ETag", &format!("{many}ETag"), 1),
+            "user metadata",
+        ),
     ] {
-        assert_eq!(
-            kind_of(vec![Step::send(head)]).await,
-            RemoteErrorKind::Protocol
-        );
+        let error = read(&guard(), vec![Step::send(head)]).await;
+        let error = error.expect_err("a refusal");
+        assert_eq!(error.kind, RemoteErrorKind::Protocol);
+        assert!(error.detail.contains(says), "{error}");
     }
 }
 
@@ -496,7 +499,7 @@ async fn classifies_by_status_and_code() {
         ("404 Not Found", "", "NoSuchKey", Kind::Absent),
         ("404 Not Found", "", "NoSuchBucket", Kind::Misconfigured),
         ("403 Forbidden", "", "AccessDenied", Kind::Forbidden),
-        ("403 Forbidden", "", "InvalidObjectState", Kind::Forbidden),
+        ("403 Forbidden", "", "InvalidObjectState", Kind::Archived),
         (
             "403 Forbidden",
             "",

@@ -16,10 +16,11 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::num::NonZeroU64;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use pinrange::strict_s3::{Credentials, Effect, Fault, Options, PutOptions, StrictS3};
+use rustix::net::{AddressFamily, SocketType};
 use rustix::process::Signal;
 
 use support::http::{self, Random};
@@ -101,6 +102,72 @@ fn a_wrong_file_is_refused_with_its_line() {
     }
     assert!(!dir.path().join("cache").exists());
     assert!(TcpStream::connect(listen).is_err());
+}
+
+/// `command`, started by a shell that does `first` before.
+fn after(first: &str, command: &Command) -> Command {
+    let mut shell = Command::new("sh");
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    shell
+        .args(["-c", &format!("{first} exec \"$0\" \"$@\"")])
+        .arg(command.get_program())
+        .args(command.get_args())
+        .stdin(Stdio::null());
+    shell
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn too_few_open_files_are_refused_with_advice() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let command = |args: &[&str]| {
+        let configured = serve(&s3.endpoint(), dir.path());
+        let mut command = pinrange();
+        let variables = configured.get_envs();
+        command.envs(variables.filter_map(|(name, value)| Some((name, value?))));
+        command.args(args);
+        command
+    };
+    let (file, url) = (
+        dir.path().join("file"),
+        format!("{}/bucket/object", s3.endpoint()),
+    );
+    let get = ["get", "-o", file.to_str().unwrap(), &url];
+    for args in [&["serve"][..], &["demo"], &get, &["verify"]] {
+        for limit in [5, 6, 7, 8, 12, 16, 20, 64, 190] {
+            let mut limited = after(&format!("ulimit -n {limit};"), &command(args));
+            refused(&mut limited, 71, &["cannot open 192 files", "ulimit -n"]);
+        }
+    }
+    assert!(!dir.path().join("cache").exists() && !file.exists());
+
+    // The soft limit is for the sake of programs that call `select`.
+    let mut limited = after("ulimit -S -n 16;", &command(&["serve"]));
+    let serving = Serving::start(&mut limited);
+    assert_eq!(http::get(serving.data, "/m/object", "").body, b"the object");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_inherited_socket_that_does_not_listen_is_refused() {
+    let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    rustix::net::bind(&socket, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let passed = "exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$$";
+    let mut command = after(passed, &serve(&s3.endpoint(), dir.path()));
+    command.env("LISTEN_FDNAMES", "data").stdin(socket);
+    let mut process = process::Running::start(command.stdout(Stdio::null()));
+    let code = process.wait().code();
+    let text = process.stderr();
+    assert_eq!((code, text.lines().count()), (Some(78), 1), "{text}");
+    assert!(
+        text.contains("\"data\"") && text.contains("does not listen"),
+        "{text}"
+    );
+    assert!(!dir.path().join("cache").exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]

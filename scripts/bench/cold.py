@@ -57,6 +57,12 @@ def purge(server):
         raise stack.Broken(f"purge: {response.status}")
 
 
+def forget(all_servers):
+    for server in all_servers:
+        if hasattr(server, "admin"):
+            purge(server)
+
+
 def percentile(values, share):
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
@@ -97,16 +103,16 @@ class Connection:
         return took
 
 
-def first_bytes(direct, ours, count):
+def first_bytes(all_servers, count):
     """Of blocks, in turns. Every fourth one, so that nobody else's fill brings it.
 
     The origin's timers tick once a millisecond: who begins when the one before has just been answered would begin in step with them, and
     which of two is then a tick later has nothing to do with either. So each begins at a moment of its own.
     """
     dice = random.Random(2)
-    connections = {server.name: Connection(server) for server in (direct, ours)}
+    connections = {server.name: Connection(server) for server in all_servers}
     took = {name: [] for name in connections}
-    purge(ours)
+    forget(all_servers)
     for number in range(count):
         start = number * 4 * BLOCK
         for name in took if number % 2 else reversed(took):
@@ -141,6 +147,11 @@ def stacked(options, processes, directory, root):
     return origin, servers.Direct(origin), ours
 
 
+def relays(options, processes, origin, directory):
+    """What any server would cost: bounds for ours on this machine."""
+    return [servers.relay(processes, options.relay, origin, directory / "relay", options.server_cores, keeps) for keeps in (True, False)]
+
+
 def others(options, origin, directory):
     """One stream through those that begin empty."""
     for make in (
@@ -160,20 +171,22 @@ def cold(options, directory, root):
     rows = []
     with stack.Processes(directory) as processes:
         origin, direct, ours = stacked(options, processes, directory, root)
+        bounds = relays(options, processes, origin, directory)
         share = ours.size // 16
         sixteen = [(number * share, (number + 1) * share) for number in range(16)]
         # A capped stream takes its time, whatever is left of it.
         sample = direct.size // 4
         for delay, pace in ORIGINS:
             origin.pace(delay, pace)
-            stream, ranges = {"direct": [], "pinrange": []}, {"direct": [], "pinrange": []}
+            everybody = [direct, ours, *bounds]
+            stream, ranges = {"direct": [], "pinrange": []}, {server.name: [] for server in everybody}
             for number in range(options.rounds):
-                for server in (direct, ours) if number % 2 == 0 else (ours, direct):
+                for server in everybody if number % 2 == 0 else reversed(everybody):
                     if server is ours:
                         purge(ours)
                         stream["pinrange"].append(timed(curl(ours), ours, ours.size, options.load_cores))
                         purge(ours)
-                    elif number == 0 or not pace:
+                    elif server is direct and (number == 0 or not pace):
                         size = sample if pace else direct.size
                         stream["direct"].append(timed(discard(direct, [(0, size)]), direct, size, options.load_cores))
                     ranges[server.name].append(timed(discard(server, sixteen), server, server.size, options.load_cores))
@@ -186,7 +199,7 @@ def cold(options, directory, root):
                 "one_stream": {name: figures(runs) for name, runs in stream.items()},
                 "sixteen_ranges": {name: figures(runs) for name, runs in ranges.items()},
                 "first_byte_of_a_block_ms": {
-                    name: spread(times) for name, times in first_bytes(direct, ours, min(200, ours.size // (4 * BLOCK))).items()
+                    name: spread(times) for name, times in first_bytes([direct, ours, bounds[0]], min(200, ours.size // (4 * BLOCK))).items()
                 },
                 "over_read_blocks": over_read(origin, ours, 50),
             }

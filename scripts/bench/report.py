@@ -253,15 +253,18 @@ def cold_section(results, plotted):
     for row in cold:
         if times := row.get("first_byte_of_a_block_ms"):
             values = [f"{times[name][key]:.2f}" for name in ("direct", "pinrange") for key in ("p50", "p99")]
-            firsts.append((origin_text(row), *values, f"{row['first_byte_above_direct_ms']:.2f}", f"{row.get('over_read_blocks', float('nan')):.1f}"))
+            bound = f"{times['relay']['p50'] - times['direct']['p50']:.2f}" if "relay" in times else ""
+            above = f"{row['first_byte_above_direct_ms']:.2f}"
+            firsts.append((origin_text(row), *values, above, bound, f"{row.get('over_read_blocks', float('nan')):.1f}"))
     return paragraphs(
         "## Cold",
         "An object that nobody holds, from an origin with a delay to the first byte and a cap on each connection. “direct” is the same read straight from "
-        "that origin; CPU of “direct” is the origin's own.",
+        "that origin; CPU of “direct” is the origin's own. “The least” is [relay.rs](../examples/relay.rs): received, written to a file, sent from it and synced, or "
+        "received and sent, by a thread for each connection, and nothing else: what a server's core can do here.",
         figure("cold", plotted, "cold reads by origin"),
         table(("origin", "read", "through", "MB/s", "÷ direct", "CPU s per GB"), rows),
         "First byte of a 256 KiB block that nobody holds, in milliseconds, and how many blocks beyond what they asked for small ranges fetched at most:",
-        table(("origin", "direct p50", "p99", "pinrange p50", "p99", "above direct at p50", "blocks over-read"), firsts),
+        table(("origin", "direct p50", "p99", "pinrange p50", "p99", "above direct at p50", "the least, above direct", "blocks over-read"), firsts),
     )
 
 

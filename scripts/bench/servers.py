@@ -207,6 +207,14 @@ def pinrange(processes, binary, origin, cache, cores, threads=1, name="pinrange"
     return server
 
 
+def relay(processes, program, origin, cache, cores, keeps=True):
+    """The least that copies from the origin to a client, through a file where it `keeps`. What it sends are the origin's own answers."""
+    port, name = stack.free_port(), "relay" if keeps else "relay-memory"
+    pathlib.Path(cache).mkdir(exist_ok=True)
+    command = on(cores, program, f"127.0.0.1:{port}", f"127.0.0.1:{origin.port}", cache, *([] if keeps else ["memory"]))
+    return Server(processes, name, command, port, f"/bench/{OBJECT}")
+
+
 def nginx(processes, name, cores, path, config, **values):
     directory = processes.directory / name
     directory.mkdir()

@@ -13,10 +13,12 @@ pub mod verify;
 
 use std::io;
 use std::num::NonZeroUsize;
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use rustix::io::Errno;
+use rustix::process::Resource;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::causes::one_line;
@@ -142,11 +144,36 @@ impl ServeArgs {
 /// (docs/PERFORMANCE.md). What sends for long lets the sockets be looked at by itself.
 const TURNS: u32 = 8192;
 
+/// Files that every command can count on being able to open. A replica begins with 25; the demo, which is two of them, an S3
+/// and a client, gets to 125.
+const DESCRIPTORS: usize = 192;
+
+/// Raises the soft limit on open files to the hard one, as servers do: the soft one is low for the sake of
+/// programs that call `select`, which this one never does. Then makes sure of [`DESCRIPTORS`]: what fails for want of one
+/// later, fails anywhere, and some of it is not ours to report.
+///
+/// # Errors
+/// What the user reads.
+fn descriptors() -> Result<(), String> {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Where that is not allowed, the soft limit may be enough.
+    let _ = rustix::process::setrlimit(Resource::Nofile, limit);
+    let enough: io::Result<Vec<_>> = (0..DESCRIPTORS)
+        .map(|_| io::stderr().as_fd().try_clone_to_owned())
+        .collect();
+    enough.map(drop).map_err(|error| {
+        let error = with_advice(&error);
+        format!("cannot open {DESCRIPTORS} files, which is what it takes to run: {error}")
+    })
+}
+
 /// What commands run on: `threads` of them, or one a CPU.
 ///
 /// # Errors
 /// What the user reads when the system has no threads or open files left.
 pub fn runtime(threads: Option<NonZeroUsize>) -> Result<Runtime, String> {
+    descriptors()?;
     let mut builder = Builder::new_multi_thread();
     threads.map(|threads| builder.worker_threads(threads.get()));
     let built = builder.enable_all().event_interval(TURNS).build();
@@ -171,8 +198,46 @@ fn with_advice(error: &(dyn std::error::Error + 'static)) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::task::Poll;
+
     use super::*;
     use crate::server::replica::StartError;
+
+    /// In turns of the only thread: as many connections as have something to do get theirs before a socket's news is heard.
+    #[test]
+    fn all_who_can_run_have_a_turn_before_the_sockets_are_looked_at() {
+        let turns = async {
+            let (mut here, there) = UnixStream::pair().unwrap();
+            there.set_nonblocking(true).unwrap();
+            let there = tokio::net::UnixStream::from_std(there).unwrap();
+            let heard = Arc::new(AtomicBool::new(false));
+            let to_tell = Arc::clone(&heard);
+            tokio::spawn(async move {
+                there.readable().await.unwrap();
+                to_tell.store(true, Ordering::Relaxed);
+            });
+            let mut turns = 0;
+            std::future::poll_fn(|context| {
+                if turns == 10 {
+                    here.write_all(b"news").unwrap();
+                }
+                if heard.load(Ordering::Relaxed) {
+                    return Poll::Ready(turns);
+                }
+                turns += 1;
+                context.waker().wake_by_ref();
+                Poll::Pending
+            })
+            .await
+        };
+        let runtime = runtime(NonZeroUsize::new(1)).unwrap();
+        let turns = runtime.block_on(runtime.spawn(turns)).unwrap();
+        assert!((TURNS / 2..2 * TURNS).contains(&turns), "{turns} turns");
+    }
 
     #[test]
     fn too_few_open_files_come_with_advice() {

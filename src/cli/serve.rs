@@ -5,10 +5,10 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use super::demo::own_credentials;
-use super::{EX_CANTCREAT, EX_OSERR, with_advice};
+use super::{EX_CANTCREAT, EX_CONFIG, with_advice};
 use crate::config::{Config, MountConfig};
 use crate::remote::s3::CredentialSource;
-use crate::server::replica::{Replica, raise_descriptor_limit, run_until_ended};
+use crate::server::replica::{Replica, run_until_ended};
 use crate::server::systemd::Inherited;
 use crate::strict_s3::{Options, StrictS3};
 
@@ -24,12 +24,11 @@ pub fn run(config: Config) -> impl Future<Output = ExitCode> {
 }
 
 async fn serve(mut config: Config, inherited: Result<Inherited, String>) -> ExitCode {
-    raise_descriptor_limit();
     let inherited = match inherited {
         Ok(inherited) => inherited,
         Err(problem) => {
             eprintln!("pinrange: {problem}");
-            return ExitCode::from(EX_OSERR);
+            return ExitCode::from(EX_CONFIG);
         }
     };
     let dev = match config.dev.clone() {

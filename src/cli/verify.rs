@@ -11,7 +11,9 @@ use clap::Args;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::{ConfigFile, EX_CANTCREAT, EX_CONFIG, EX_DATAERR, EX_NOINPUT, EX_TEMPFAIL};
+use super::{
+    ConfigFile, EX_CANTCREAT, EX_CONFIG, EX_DATAERR, EX_NOINPUT, EX_OSERR, EX_TEMPFAIL, descriptors,
+};
 use crate::causes::one_line;
 use crate::config::{Config, Flags};
 use crate::disk::DiskError;
@@ -41,6 +43,10 @@ pub fn run(args: &VerifyArgs) -> ExitCode {
             return ExitCode::from(EX_CONFIG);
         }
     };
+    if let Err(problem) = descriptors() {
+        eprintln!("pinrange: {problem}");
+        return ExitCode::from(EX_OSERR);
+    }
     let findings = match verify(args, &config) {
         Ok(findings) => findings,
         Err(error) => {

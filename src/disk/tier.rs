@@ -574,6 +574,10 @@ impl DiskTier {
         let (shared, revision) = (Arc::clone(&self.shared), revision.clone());
         blocking(move || {
             let mut db = shared.catalog.lock()?;
+            if shared.is_released() {
+                // The process that writes now compares for itself.
+                return Ok(());
+            }
             match db.find(&revision)? {
                 Some(stored) => db.set_whole(stored.id, &whole),
                 None => Ok(()),

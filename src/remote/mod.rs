@@ -167,6 +167,8 @@ pub enum RemoteErrorKind {
     },
     /// The remote denied us (403).
     Forbidden,
+    /// The object is there and cannot be read: its storage class is an archive's, and it has not been restored.
+    Archived,
     /// Not the object but the bucket is missing, or the region or credentials are wrong.
     Misconfigured,
     /// 503 `SlowDown` or 429.
@@ -191,6 +193,7 @@ impl RemoteErrorKind {
             | Self::Absent
             | Self::Unsatisfiable { .. }
             | Self::Forbidden
+            | Self::Archived
             | Self::Misconfigured
             | Self::Protocol => false,
         }
@@ -203,7 +206,7 @@ impl RemoteErrorKind {
             Self::Throttled { .. } | Self::Unavailable | Self::Timeout | Self::Protocol => {
                 Fault::Remote
             }
-            Self::Forbidden | Self::Misconfigured => Fault::Ours,
+            Self::Forbidden | Self::Archived | Self::Misconfigured => Fault::Ours,
         }
     }
 
@@ -214,6 +217,7 @@ impl RemoteErrorKind {
             Self::Absent => "absent",
             Self::Unsatisfiable { .. } => "unsatisfiable",
             Self::Forbidden => "forbidden",
+            Self::Archived => "archived",
             Self::Misconfigured => "misconfigured",
             Self::Throttled { .. } => "throttled",
             Self::Unavailable => "unavailable",

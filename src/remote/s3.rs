@@ -3,13 +3,13 @@
 //! The SDK resolves credentials and signs. What a response *means* is read here, from
 //! its raw status and fields, because the SDK's types drop what we need (`GetObjectOutput` has no
 //! status; 304 and an empty 412 come as "unhandled") and refuse what we can live with (a malformed
-//! `Last-Modified` fails the whole GET). So each request carries a `Tap`, an interceptor that
-//! takes the response's head before the SDK looks at it, and a success's body with it; the SDK is left with the body of
+//! `Last-Modified` fails the whole GET). So the connector that we put below the SDK hands the response's head, and a
+//! success's body, past the SDK to the call that waits for them; the SDK is left with the status, and the body of
 //! an error. The bytes are moved by `wire`, which the SDK's own HTTP client would do with ten times the memory:
 //!
 //! ```text
-//! Remote method → request → SDK (credentials, signature) → wire → Tap → Head, and a success's body
-//!                                                                ↘ SDK → an S3 error code
+//! Remote method → request → SDK (credentials, signature) → connector → wire → Head, and a success's body
+//!                                                                          ↘ SDK → an S3 error code
 //! Head: success → check_range / check_whole → exact_body → RemoteRead
 //!       else    → classify → RemoteError
 //! ```
@@ -47,17 +47,13 @@ use aws_config::{BehaviorVersion, ConfigLoader, SdkConfig};
 use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::http::HttpResponse;
-use aws_sdk_s3::config::interceptors::{
-    BeforeDeserializationInterceptorContextMut, BeforeDeserializationInterceptorContextRef,
-    BeforeTransmitInterceptorContextMut, BeforeTransmitInterceptorContextRef,
-};
 use aws_sdk_s3::config::retry::RetryConfig;
 use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{
-    AppName, ConfigBag, Intercept, Region, RequestChecksumCalculation, ResponseChecksumValidation,
-    RuntimeComponents, SharedHttpClient, StalledStreamProtectionConfig,
+    AppName, Region, RequestChecksumCalculation, ResponseChecksumValidation, RuntimeComponents,
+    SharedHttpClient, StalledStreamProtectionConfig,
 };
-use aws_sdk_s3::error::{BoxError, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::get_object::builders::GetObjectFluentBuilder;
 use aws_sdk_s3::primitives::SdkBody;
 use aws_sdk_s3::types::ChecksumMode;
@@ -65,7 +61,6 @@ use aws_smithy_http_client::tls;
 use aws_smithy_runtime_api::client::http::{
     HttpClient, HttpConnector, HttpConnectorFuture, HttpConnectorSettings, SharedHttpConnector,
 };
-use aws_smithy_runtime_api::client::interceptors::dyn_dispatch_hint;
 use aws_smithy_runtime_api::client::orchestrator::HttpRequest;
 use aws_smithy_runtime_api::client::result::ConnectorError;
 use aws_smithy_runtime_api::http::Headers;
@@ -73,6 +68,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt as _, Stream};
+use http::HeaderValue;
 use http_body::Body as _;
 use http_body_util::{Empty, Limited};
 use parking_lot::Mutex;
@@ -257,10 +253,7 @@ impl S3Remote {
         op: &'static str,
         request: GetObjectFluentBuilder,
     ) -> Result<(Head, wire::Body), Refusal> {
-        let tap = Tap::default();
-        let sent = request.customize().interceptor(tap.clone()).send();
-        let (head, _) = self.exchange(op, &tap, sent).await?;
-        let body = tap.body();
+        let (head, body) = self.exchange(op, request.send()).await?;
         Ok((head, body.expect("every success has its body set aside")))
     }
 
@@ -268,19 +261,24 @@ impl S3Remote {
     async fn exchange<T, E>(
         &self,
         op: &'static str,
-        tap: &Tap,
         sent: impl Future<Output = Result<T, SdkError<E, HttpResponse>>>,
-    ) -> Result<(Head, T), Refusal>
+    ) -> Result<(Head, Option<wire::Body>), Refusal>
     where
         E: ProvideErrorMetadata + StdError + Send + Sync + 'static,
     {
+        let past = Past::default();
+        let sent = PAST_THE_SDK.scope(Arc::clone(&past), sent);
         let Ok(result) = tokio::time::timeout(self.first_byte_timeout, sent).await else {
             let detail = format!("no response within {:?}", self.first_byte_timeout);
             return Err(RemoteError::new(RemoteErrorKind::Timeout, op, detail).into());
         };
-        let (head, access_key_id) = tap.head();
+        let Exchange {
+            access_key_id,
+            head,
+            body,
+        } = std::mem::take(&mut *past.lock());
         match (head, result) {
-            (Some(head), Ok(output)) => Ok((head, output)),
+            (Some(head), Ok(_nothing)) => Ok((head, body)),
             (Some(head), Err(error)) => Err(Refusal::of_response(
                 op,
                 head,
@@ -370,7 +368,6 @@ impl S3Remote {
         version_id: Option<&str>,
     ) -> Result<Vec<Checksum>, Refusal> {
         const OP: &str = "checksums";
-        let tap = Tap::default();
         let sent = self
             .client
             .head_object()
@@ -379,10 +376,8 @@ impl S3Remote {
             .if_match(guard.validator.as_field_value())
             .set_version_id(version_id.map(str::to_owned))
             .checksum_mode(ChecksumMode::Enabled)
-            .customize()
-            .interceptor(tap.clone())
             .send();
-        let (head, _) = self.exchange(OP, &tap, sent).await?;
+        let (head, _) = self.exchange(OP, sent).await?;
         let (representation, _) = head.check_whole(OP)?;
         head.check_validator(OP, &representation, &guard.validator)?;
         if let Some(size) = guard.size
@@ -457,17 +452,14 @@ impl S3Remote {
     ) -> Result<Representation, RemoteError> {
         const OP: &str = "stat";
         check_key(key, OP)?;
-        let tap = Tap::default();
         let sent = self
             .client
             .head_object()
             .bucket(&self.bucket)
             .key(key)
             .set_if_match(pin.map(|validator| validator.as_field_value().to_owned()))
-            .customize()
-            .interceptor(tap.clone())
             .send();
-        let (head, _) = match (self.exchange(OP, &tap, sent).await, pin) {
+        let (head, _) = match (self.exchange(OP, sent).await, pin) {
             (Err(refusal), None) => return Err(refusal.unguarded().into()),
             (answer, _) => answer?,
         };
@@ -621,42 +613,77 @@ struct WireConnector {
     connect_timeout: Option<Duration>,
 }
 
-/// A success's body, past the SDK, which would hide what it can do.
-#[derive(Clone)]
-struct Aside(Arc<Mutex<Option<wire::Body>>>);
+tokio::task_local! {
+    /// The exchange that this task waits for: the connector is called by the SDK, within the call of the SDK.
+    static PAST_THE_SDK: Past;
+}
+
+type Past = Arc<Mutex<Exchange>>;
+
+/// What the SDK would drop, refuse or hide.
+#[derive(Debug, Default)]
+struct Exchange {
+    /// What the request was signed with: servers repeat it in their messages.
+    access_key_id: Option<String>,
+    head: Option<Head>,
+    /// Of a success.
+    body: Option<wire::Body>,
+}
 
 impl HttpConnector for WireConnector {
     fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
         let (wire, timeout) = (Arc::clone(&self.wire), self.connect_timeout);
         HttpConnectorFuture::new(async move {
+            let past = PAST_THE_SDK.with(Arc::clone);
+            past.lock().access_key_id = access_key_id(&request);
             let request = request
                 .try_into_http1x()
                 .map_err(|error| ConnectorError::user(error.into()))?;
             // A GET or HEAD: there is nothing to send but the head.
-            let request = request.map(|_nothing| Empty::new());
+            let mut request = request.map(|_nothing| Empty::new());
+            if let Ok(Some(trace)) = TRACEPARENT.try_with(Clone::clone) {
+                let trace = HeaderValue::try_from(trace.into_string())
+                    .map_err(|error| ConnectorError::user(error.into()))?;
+                // Behind the signature: proxies on the way put a span of their own there.
+                request.headers_mut().insert("traceparent", trace);
+            }
             let response = wire.send(request, timeout).await.map_err(connector_error)?;
             let (head, body) = response.into_parts();
             let (body, aside) = if head.status.is_success() {
-                let aside = Aside(Arc::new(Mutex::new(Some(body))));
-                (SdkBody::empty(), Some(aside))
+                (SdkBody::empty(), Some(body))
             } else {
+                let body = Limited::new(body, MAX_ERROR_BODY);
                 (SdkBody::from_body_1_x(body), None)
             };
             let mut response = HttpResponse::try_from(http::Response::from_parts(head, body))
                 .map_err(|error| ConnectorError::other(error.into(), None))?;
-            if let Some(aside) = aside {
-                response.add_extension(aside);
-            }
+            // What the SDK does not see cannot fail its parsers (`Expires: 0`), and it needs none of it.
+            let headers = std::mem::take(response.headers_mut());
+            let mut past = past.lock();
+            past.body = aside;
+            past.head = Some(Head {
+                status: response.status().as_u16(),
+                headers,
+            });
             Ok(response)
         })
     }
+}
+
+fn access_key_id(request: &HttpRequest) -> Option<String> {
+    let authorization = request.headers().get("authorization")?;
+    let (_, credential) = authorization.split_once("Credential=")?;
+    let (id, _) = credential.split_once('/')?;
+    Some(id.to_owned())
 }
 
 fn connector_error(error: WireError) -> ConnectorError {
     match &error {
         WireError::Uri(_) | WireError::Roots(_) => ConnectorError::user(error.into()),
         WireError::ConnectTimeout(_) => ConnectorError::timeout(error.into()),
-        WireError::Connect(_) | WireError::Http(_) => ConnectorError::io(error.into()),
+        WireError::Connect(_) | WireError::Untrusted(_) | WireError::Http(_) => {
+            ConnectorError::io(error.into())
+        }
     }
 }
 
@@ -763,101 +790,6 @@ fn range_field(want: RangeSpec) -> String {
 }
 
 // === the response's head ===
-
-/// Takes the head of a response before the SDK deserialises it.
-#[derive(Clone, Debug, Default)]
-struct Tap(Arc<Mutex<Tapped>>);
-
-#[derive(Debug, Default)]
-struct Tapped {
-    head: Option<Head>,
-    /// Of a success.
-    body: Option<wire::Body>,
-    /// What the request was signed with: servers repeat it in their messages.
-    access_key_id: Option<String>,
-}
-
-impl Tap {
-    fn head(&self) -> (Option<Head>, Option<String>) {
-        let mut tapped = self.0.lock();
-        (tapped.head.take(), tapped.access_key_id.take())
-    }
-
-    fn body(&self) -> Option<wire::Body> {
-        self.0.lock().body.take()
-    }
-}
-
-#[dyn_dispatch_hint]
-impl Intercept for Tap {
-    fn name(&self) -> &'static str {
-        "Tap"
-    }
-
-    fn modify_before_signing(
-        &self,
-        context: &mut BeforeTransmitInterceptorContextMut<'_>,
-        _: &RuntimeComponents,
-        _: &mut ConfigBag,
-    ) -> Result<(), BoxError> {
-        if let Ok(Some(trace)) = TRACEPARENT.try_with(Clone::clone) {
-            context
-                .request_mut()
-                .headers_mut()
-                .try_insert("traceparent", trace.into_string())?;
-        }
-        Ok(())
-    }
-
-    fn read_before_transmit(
-        &self,
-        context: &BeforeTransmitInterceptorContextRef<'_>,
-        _: &RuntimeComponents,
-        _: &mut ConfigBag,
-    ) -> Result<(), BoxError> {
-        let authorization = context.request().headers().get("authorization");
-        self.0.lock().access_key_id = authorization
-            .and_then(|field| field.split_once("Credential="))
-            .and_then(|(_, credential)| credential.split_once('/'))
-            .map(|(id, _)| id.to_owned());
-        Ok(())
-    }
-
-    fn read_after_transmit(
-        &self,
-        context: &BeforeDeserializationInterceptorContextRef<'_>,
-        _: &RuntimeComponents,
-        _: &mut ConfigBag,
-    ) -> Result<(), BoxError> {
-        // Before the SDK's own interceptors, which drop what they cannot parse (`Expires: 0`).
-        let response = context.response();
-        let mut tapped = self.0.lock();
-        tapped.head = Some(Head {
-            status: response.status().as_u16(),
-            headers: response.headers().clone(),
-        });
-        let aside = response.extension::<Aside>();
-        tapped.body = aside.and_then(|aside| aside.0.lock().take());
-        Ok(())
-    }
-
-    fn modify_before_deserialization(
-        &self,
-        context: &mut BeforeDeserializationInterceptorContextMut<'_>,
-        _: &RuntimeComponents,
-        _: &mut ConfigBag,
-    ) -> Result<(), BoxError> {
-        let response = context.response_mut();
-        if response.status().is_success() {
-            // What the SDK does not see cannot fail its parsers.
-            *response.headers_mut() = Headers::new();
-        } else {
-            let body = response.take_body();
-            *response.body_mut() = SdkBody::from_body_1_x(Limited::new(body, MAX_ERROR_BODY));
-        }
-        Ok(())
-    }
-}
 
 #[derive(Debug)]
 struct Head {
@@ -1266,7 +1198,7 @@ fn classify(op: &'static str, head: &Head, code: Option<&str>) -> (RemoteErrorKi
             ),
         ),
         (403, Some("InvalidObjectState")) => (
-            Kind::Forbidden,
+            Kind::Archived,
             "the object is archived: restore it first".to_owned(),
         ),
         (403, _) => (
@@ -1359,10 +1291,14 @@ where
                 RemoteErrorKind::Unavailable,
                 "the AWS credentials cannot be had just now",
             ),
-            None if is_not_http(&error) => (
+            None if has_cause(&error, hyper::Error::is_parse_too_large) => (
                 RemoteErrorKind::Protocol,
-                "the response is not HTTP or its head is too long",
+                "the head of S3's response has more fields or bytes than we read: does the object have more user \
+                 metadata (x-amz-meta-) than S3 allows?",
             ),
+            None if has_cause(&error, hyper::Error::is_parse) => {
+                (RemoteErrorKind::Protocol, "the response is not HTTP")
+            }
             None => match &error {
                 SdkError::ConstructionFailure(_) => {
                     (RemoteErrorKind::Misconfigured, "the request cannot be made")
@@ -1385,8 +1321,8 @@ fn credentials_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a Cred
     chain(error).find_map(|error| error.downcast_ref())
 }
 
-fn is_not_http(error: &(dyn StdError + 'static)) -> bool {
-    chain(error).any(|error| error.downcast_ref().is_some_and(hyper::Error::is_parse))
+fn has_cause(error: &(dyn StdError + 'static), is: impl Fn(&hyper::Error) -> bool) -> bool {
+    chain(error).any(|error| error.downcast_ref().is_some_and(&is))
 }
 
 fn chain<'a>(
@@ -1402,8 +1338,9 @@ struct Body {
     bytes: wire::Body,
     left: u64,
     stall_timeout: Duration,
-    /// When something came last.
-    heard: Instant,
+    /// Since when what is to come has been asked for in vain. Before that nobody waited, however long ago something came
+    /// last: a client or a disk that is slow says nothing of the remote.
+    asked: Option<Instant>,
     /// Fires no earlier than the time is up; made when the body is waited for first.
     silence: Option<Pin<Box<Sleep>>>,
     is_over: bool,
@@ -1423,7 +1360,7 @@ fn exact_body(
         bytes,
         left: len,
         stall_timeout,
-        heard: Instant::now(),
+        asked: None,
         silence: None,
         is_over: false,
         op,
@@ -1451,7 +1388,7 @@ impl Stream for Body {
                     let Ok(bytes) = frame.into_data() else {
                         continue;
                     };
-                    self.heard = Instant::now();
+                    self.asked = None;
                     let Some(left) = self.left.checked_sub(bytes.len() as u64) else {
                         break Err(protocol(
                             self.op,
@@ -1471,7 +1408,7 @@ impl Stream for Body {
 impl Body {
     /// Ready when nothing has come for too long.
     fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<RemoteError> {
-        let due = self.heard + self.stall_timeout;
+        let due = *self.asked.get_or_insert_with(Instant::now) + self.stall_timeout;
         let silence = self
             .silence
             .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
@@ -1536,6 +1473,9 @@ pub mod fuzzing {
 
 #[cfg(test)]
 mod tests {
+    use futures::StreamExt as _;
+    use tokio::io::AsyncWriteExt as _;
+
     use super::*;
 
     async fn connect(change: impl FnOnce(&mut S3Settings)) -> Result<S3Remote, InvalidS3Settings> {
@@ -1631,5 +1571,40 @@ mod tests {
         let soon = SystemTime::now() + Duration::from_secs(100);
         let seconds = after(&httpdate::fmt_http_date(soon)).unwrap().as_secs();
         assert!((90..=100).contains(&seconds), "{seconds}");
+    }
+
+    /// A client or a disk that is slow must not make the remote look silent.
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_what_was_waited_for_in_vain() {
+        const STALL: Duration = Duration::from_secs(10);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri = format!("http://{}/key", listener.local_addr().unwrap());
+        let request = http::Request::get(uri).body(Empty::new()).unwrap();
+        let wire = Wire::default();
+        let (response, mut server) = tokio::join!(wire.send(request, None), async {
+            let (mut server, _) = listener.accept().await.unwrap();
+            let head = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 9\r\n\r\none";
+            server.write_all(head).await.unwrap();
+            server
+        });
+        let mut body = exact_body(response.unwrap().into_body(), 9, STALL, "read");
+        assert_eq!(body.next().await.unwrap().unwrap(), "one");
+        // Nobody asks for more for a long time, and then nothing is there yet.
+        tokio::time::advance(3 * STALL).await;
+        assert!(body.next().now_or_never().is_none());
+        tokio::time::advance(STALL / 2).await;
+        server.write_all(b"two").await.unwrap();
+        let mut came = Vec::new();
+        while came.len() < 3 {
+            came.extend_from_slice(&body.next().await.unwrap().unwrap());
+        }
+        assert_eq!(came, b"two");
+        let asked = Instant::now();
+        let error = body.next().await.unwrap().unwrap_err();
+        assert_eq!(error.kind, RemoteErrorKind::Timeout);
+        // To the millisecond that timers are good for: the clock stands still where nobody waits.
+        let waited = asked.elapsed();
+        assert!(waited >= STALL && waited < STALL + STALL / 2, "{waited:?}");
+        assert!(body.next().await.is_none());
     }
 }

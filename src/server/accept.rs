@@ -137,7 +137,7 @@ impl Ending {
         self.idle.cancel();
     }
 
-    fn is_announced(&self) -> bool {
+    pub(super) fn is_announced(&self) -> bool {
         self.last_responses.load(Ordering::Relaxed)
     }
 }
@@ -291,7 +291,13 @@ impl<H: Handler> Serving<H> {
             peer,
             queue: SendQueue::default(),
         };
-        let io = SendfileIo::new(tcp, info.queue.clone(), self.page_in.clone(), self.timeouts);
+        let io = SendfileIo::new(
+            tcp,
+            info.queue.clone(),
+            self.page_in.clone(),
+            self.timeouts,
+            self.ending.clone(),
+        );
         let _present = self.guests.enter(&info.queue, &drain.begin);
         // Whether the latest request has content, which nobody has read to its end.
         let content = AtomicBool::new(false);

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `GET /healthz` | the process is alive |
 //! | `GET /readyz` | requests are served: 503 while starting or draining. The first line is `ready`, `starting` or `draining`; a second one, `degraded: …`, says what is wrong with the cache disk, past which requests are served |
-//! | `GET /metrics` | `OpenMetrics`, as Prometheus reads it |
+//! | `GET /metrics` | `OpenMetrics`, or the text format from before it for those whose `Accept` prefers that |
 //! | `POST /purge` | `{"path": "/mount/key"}`, or a prefix that ends in `*`: forgets every held revision |
 //! | `POST /scrub` | compares everything that is held with its checksums now, answers when it is done |
 //!
@@ -20,8 +20,8 @@
 use std::future::Future;
 use std::time::Duration;
 
-use http::header::ORIGIN;
-use http::{Method, Request, Response};
+use http::header::{ACCEPT, ORIGIN};
+use http::{HeaderMap, Method, Request, Response};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use serde::Deserialize;
@@ -151,9 +151,7 @@ impl<C: Control> Handler for Admin<C> {
                 Readiness::Starting => respond::admin(Status::Unready, TEXT, "starting\n"),
                 Readiness::Draining => respond::admin(Status::Unready, TEXT, "draining\n"),
             },
-            "/metrics" if get => {
-                respond::admin(Status::Ok, Metrics::CONTENT_TYPE, control.metrics())
-            }
+            "/metrics" if get => metrics(request.headers(), control.metrics()),
             "/healthz" | "/readyz" | "/metrics" => {
                 refuse(Status::Allow("GET, HEAD"), "this page can only be read")
             }
@@ -173,6 +171,46 @@ impl<C: Control> Handler for Admin<C> {
             ),
         }
     }
+}
+
+/// In the format that the scraper prefers, `OpenMetrics` where it does not care.
+fn metrics(fields: &HeaderMap, open_metrics: String) -> Response<ResponseBody> {
+    let open = weight(
+        fields,
+        ["application/openmetrics-text", "application/*", "*/*"],
+    );
+    let text = weight(fields, ["text/plain", "text/*", "*/*"]);
+    if text > open {
+        let text = Metrics::as_text(&open_metrics);
+        respond::admin(Status::Ok, Metrics::TEXT_TYPE, text)
+    } else {
+        respond::admin(Status::Ok, Metrics::CONTENT_TYPE, open_metrics)
+    }
+}
+
+/// What `Accept` gives the first of the `names` that it has (RFC 9110 §12.5.1): a name goes before the wildcards that
+/// would match it. Parameters other than the weight are not looked at; a weight that cannot be read is none.
+fn weight(fields: &HeaderMap, names: [&str; 3]) -> f32 {
+    let accepted: Vec<(&str, f32)> = fields
+        .get_all(ACCEPT)
+        .iter()
+        .filter_map(|field| field.to_str().ok())
+        .flat_map(|field| field.split(','))
+        .map(|range| {
+            let mut parts = range.split(';').map(str::trim);
+            let name = parts.next().unwrap_or_default();
+            let said = parts.find_map(|part| part.strip_prefix(['q', 'Q'])?.strip_prefix('='));
+            let weight = said.map_or(1.0, |said| said.parse().unwrap_or(0.0));
+            (name, weight)
+        })
+        .collect();
+    let of = |name: &str| {
+        let named = accepted
+            .iter()
+            .filter(|(range, _)| range.eq_ignore_ascii_case(name));
+        named.map(|(_, weight)| *weight).reduce(f32::max)
+    };
+    names.into_iter().find_map(of).unwrap_or(0.0)
 }
 
 async fn purge<C: Control>(
@@ -270,7 +308,8 @@ mod tests {
         }
 
         fn metrics(&self) -> String {
-            "pinrange_up 1\n".to_owned()
+            let text = "# HELP pinrange_up Up.\n# TYPE pinrange_up gauge\npinrange_up 1\n# EOF\n";
+            text.to_owned()
         }
 
         async fn purge(&self, path: String) -> Result<Purged, PurgeRefused> {
@@ -374,7 +413,51 @@ mod tests {
             answer.contains("content-type: application/openmetrics-text; version=1.0.0"),
             "{answer}"
         );
-        assert!(answer.ends_with("\r\n\r\npinrange_up 1\n"), "{answer}");
+        assert!(answer.ends_with("\npinrange_up 1\n# EOF\n"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn scrapers_get_the_format_that_they_prefer() {
+        let server = Server::start().await;
+        for (accept, open) in [
+            ("*/*", true),
+            ("", true),
+            ("application/json", true),
+            // Prometheus.
+            (
+                "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,\
+                 application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+                true,
+            ),
+            ("application/openmetrics-text, text/plain", true),
+            // Its agents and others, some of them configured to it.
+            ("text/plain;version=0.0.4;q=1,*/*;q=0.1", false),
+            ("text/plain", false),
+            ("Text/Plain; charset=utf-8", false),
+            ("application/openmetrics-text;q=0.2, text/*;q=0.5", false),
+            ("application/openmetrics-text;q=0, */*", false),
+            ("text/plain;q=2x, application/*;q=0.1", true),
+        ] {
+            let head = format!("GET /metrics HTTP/1.1\r\nAccept: {accept}");
+            let (status, answer) = server.ask(&head, "").await;
+            assert_eq!(status, "200");
+            let kind = if open {
+                "content-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"
+            } else {
+                "content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
+            };
+            assert!(answer.contains(kind), "{accept}: {answer}");
+            assert_eq!(
+                answer.ends_with("\npinrange_up 1\n# EOF\n"),
+                open,
+                "{accept}: {answer}"
+            );
+            assert_eq!(
+                answer.ends_with("\npinrange_up 1\n"),
+                !open,
+                "{accept}: {answer}"
+            );
+        }
     }
 
     #[tokio::test]

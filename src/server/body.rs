@@ -89,6 +89,27 @@ pub(super) struct Delivery<O: BodyObserver + ?Sized> {
     observer: O,
 }
 
+impl<O: BodyObserver> Delivery<O> {
+    fn new(
+        queue: SendQueue,
+        promised: u64,
+        rescue: Option<Arc<dyn Rescue>>,
+        observer: O,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            queue,
+            promised,
+            from_files: AtomicU64::new(0),
+            from_memory: AtomicU64::new(0),
+            replaced: AtomicU64::new(0),
+            rescues: AtomicU64::new(0),
+            rescue,
+            failure: Mutex::new(None),
+            observer,
+        })
+    }
+}
+
 impl<O: BodyObserver + ?Sized> Delivery<O> {
     /// Where to have bytes from that a file did not give up; `None`: nowhere.
     pub(super) fn rescue(&self, way: Way) -> Option<Box<dyn ChunkSource>> {
@@ -189,17 +210,7 @@ impl ResponseBody {
     ) -> Self {
         let parts = parts.into();
         let promised = parts.iter().map(Part::len).sum();
-        let delivery = Arc::new(Delivery {
-            queue,
-            promised,
-            from_files: AtomicU64::new(0),
-            from_memory: AtomicU64::new(0),
-            replaced: AtomicU64::new(0),
-            rescues: AtomicU64::new(0),
-            rescue: source.rescue(),
-            failure: Mutex::new(None),
-            observer,
-        });
+        let delivery = Delivery::new(queue, promised, source.rescue(), observer);
         Self {
             left: promised,
             content: Content::Parts {
@@ -317,6 +328,24 @@ pub struct Aborted {
 /// A piece of a body on its way through hyper: memory, or a file extent that only
 /// [`SendfileIo`](super::io::SendfileIo) can send.
 pub struct Chunk(Piece);
+
+impl Chunk {
+    /// A whole body: an extent, the bytes of its revision from `start` on.
+    pub(super) fn whole_body(
+        extent: FileExtent,
+        start: u64,
+        queue: SendQueue,
+        rescue: Arc<dyn Rescue>,
+        observer: impl BodyObserver,
+    ) -> Self {
+        let delivery = Delivery::new(queue, extent.len(), Some(rescue), observer);
+        Self(Piece::File {
+            extent,
+            start,
+            delivery,
+        })
+    }
+}
 
 enum Piece {
     Memory {

@@ -8,20 +8,23 @@
 
 use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
+use std::io::Cursor;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Buf;
 use http::header::{
-    CACHE_CONTROL, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, RANGE, TRANSFER_ENCODING,
-    VIA,
+    CACHE_CONTROL, CONNECTION, DATE, HOST, HeaderMap, HeaderName, HeaderValue, RANGE,
+    TRANSFER_ENCODING, VIA,
 };
 use http::{Request, Response};
 use http_body::Body as _;
 use tracing::{Instrument, Span, field};
 
-use super::body::{BodyEnd, BodyObserver, ResponseBody};
+use super::again::{Again, Answer};
+use super::body::{BodyEnd, BodyObserver, Chunk, ResponseBody};
 use super::io::SendQueue;
-use super::respond::{self, Rejected};
+use super::respond::{self, Rejected, RepeatedHead};
 use crate::causes::one_line;
 use crate::mount::{Mount, Mounts};
 use crate::object::Validator;
@@ -29,9 +32,11 @@ use crate::remote::TRACEPARENT;
 use crate::semantics::precondition::Method;
 use crate::semantics::{EntityTagList, RequestHead, Verdict};
 use crate::telemetry::Metrics;
-use crate::tiers::{Get, Opened, Refusal, Tiers, Trace};
+use crate::tiers::{Get, Opened, Refusal, Tiers, Trace, Warm};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// The answers' `Via`.
+const THIS_SERVER: HeaderValue = HeaderValue::from_static("1.1 pinrange");
 const TRACEPARENT_FIELD: HeaderName = HeaderName::from_static("traceparent");
 
 /// Query parameters that S3 gives a meaning on a read. All else in a query is ignored.
@@ -90,25 +95,17 @@ impl Handler {
         let started = Instant::now();
         let fields = Fields::of(request.headers());
         let id = self.request_id(fields.id, started);
-        let span = tracing::info_span!(
-            "request",
-            id = id.to_str().unwrap_or_default(),
-            method = request.method().as_str(),
-            path = request.uri().path(),
-            pin = field::Empty,
-            range = field::Empty,
-            trace = field::Empty,
-            verdict = field::Empty,
-            tier = field::Empty,
+        let span = request_span(
+            id.to_str().unwrap_or_default(),
+            request.method().as_str(),
+            request.uri().path(),
         );
         let mut response = self
             .answer(&request, &fields, started, queue)
             .instrument(span)
             .await;
         response.headers_mut().insert(X_REQUEST_ID, id);
-        response
-            .headers_mut()
-            .insert(VIA, HeaderValue::from_static("1.1 pinrange"));
+        response.headers_mut().insert(VIA, THIS_SERVER);
         if !request.body().is_end_stream() {
             response
                 .headers_mut()
@@ -132,6 +129,7 @@ impl Handler {
             started,
             first_byte: Duration::ZERO,
             open: false,
+            again: None,
         };
         let (mount, key, head) = match self.read(request, fields) {
             Ok(read) => read,
@@ -162,6 +160,12 @@ impl Handler {
                 end.open = opened.reader.is_some();
                 if end.open {
                     self.metrics.open_responses(1);
+                }
+                if let Some(number) = queue.repeated()
+                    && may_be_repeated(request, fields)
+                    && let Some(warm) = opened.warm()
+                {
+                    end.again = Some(Box::new((number, queue.clone(), self.again(warm, request))));
                 }
                 let (response, over) = respond::opened(opened, head.method, queue, end);
                 if let Some(end) = over {
@@ -239,13 +243,103 @@ impl Handler {
                     .all(|byte| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte))
         };
         sent.filter(sane).cloned().unwrap_or_else(|| {
-            let mut random = self.random.hash_one((started, std::thread::current().id()));
-            let digits = [(); 16].map(|()| {
-                random = random.rotate_left(4);
-                b"0123456789abcdef"[(random & 15) as usize]
-            });
+            let digits = new_id(&self.random, started);
             HeaderValue::from_bytes(&digits).expect("hexadecimal digits are a field value")
         })
+    }
+
+    fn again<B>(&self, warm: Warm, request: &Request<B>) -> Arc<dyn Again> {
+        Arc::new(WarmRange {
+            head: RepeatedHead::new(&warm.fields, [(VIA, THIS_SERVER)]),
+            warm,
+            tiers: Arc::clone(&self.tiers),
+            metrics: self.metrics.clone(),
+            random: self.random.clone(),
+            path: request.uri().path().into(),
+        })
+    }
+}
+
+fn request_span(id: &str, method: &str, path: &str) -> Span {
+    tracing::info_span!(
+        "request",
+        id,
+        method,
+        path,
+        pin = field::Empty,
+        range = field::Empty,
+        trace = field::Empty,
+        verdict = field::Empty,
+        tier = field::Empty,
+    )
+}
+
+/// Sixteen hexadecimal digits.
+fn new_id(random: &RandomState, started: Instant) -> [u8; 16] {
+    let mut random = random.hash_one((started, std::thread::current().id()));
+    [(); 16].map(|()| {
+        random = random.rotate_left(4);
+        b"0123456789abcdef"[(random & 15) as usize]
+    })
+}
+
+/// Whether two requests with this head are answered alike but for the range, as far as the answer hangs on neither what
+/// the disk holds nor its labels.
+fn may_be_repeated<B>(request: &Request<B>, fields: &Fields<'_>) -> bool {
+    // An answer to HTTP/1.0 says that it is one. The client's ids go into the log.
+    request.version() == http::Version::HTTP_11 && fields.id.is_none() && fields.trace.is_none()
+}
+
+/// A pinned range that the disk answered, and what it takes to answer others.
+struct WarmRange {
+    warm: Warm,
+    head: RepeatedHead,
+    tiers: Arc<Tiers>,
+    metrics: Metrics,
+    random: RandomState,
+    path: Box<str>,
+}
+
+impl Again for WarmRange {
+    fn answer(&self, first: u64, last: u64, queue: &SendQueue) -> Option<Answer> {
+        let started = Instant::now();
+        let (range, extent) = self.tiers.again(&self.warm, first, last)?;
+        let trace = Trace {
+            disk: started.elapsed(),
+            ..Trace::default()
+        };
+        let id = new_id(&self.random, started);
+        let span = request_span(
+            std::str::from_utf8(&id).unwrap_or_default(),
+            http::Method::GET.as_str(),
+            &self.path,
+        );
+        if !span.is_disabled() {
+            span.record("pin", "one");
+            span.record("range", format!("bytes={first}-{last}"));
+        }
+        let more = [(X_REQUEST_ID, &id[..]), (DATE, &respond::date())];
+        let head = self.head.of(range, self.warm.size(), &trace, more);
+        self.metrics.repeated();
+        self.metrics.open_responses(1);
+        let end = RequestEnd {
+            metrics: self.metrics.clone(),
+            span,
+            verdict: "partial",
+            tier: "disk",
+            started,
+            first_byte: trace.disk,
+            open: true,
+            again: None,
+        };
+        let body = Chunk::whole_body(
+            extent,
+            range.start(),
+            queue.clone(),
+            self.warm.rescue(),
+            end,
+        );
+        Some(Cursor::new(head).chain(body))
     }
 }
 
@@ -404,6 +498,8 @@ struct RequestEnd {
     first_byte: Duration,
     /// Counted among the open responses.
     open: bool,
+    /// What repeats the answer once all of it is out, and where to say so with which number. Few have it.
+    again: Option<Box<(u64, SendQueue, Arc<dyn Again>)>>,
 }
 
 impl RequestEnd {
@@ -446,6 +542,12 @@ impl BodyObserver for RequestEnd {
                     "the response was cut after its head"
                 );
             }
+        }
+        if end.abort.is_none()
+            && let Some(again) = self.again.take()
+        {
+            let (number, queue, again) = *again;
+            queue.arm(number, again);
         }
         self.write(bytes, end.abort.map(|abort| abort.reason));
     }

@@ -302,7 +302,6 @@ pub(super) async fn to_successor(estate: Estate, mut socket: UnixListener) -> i3
                 if let Some(renewed) = estate.take_back().await {
                     socket = renewed;
                 }
-                estate.metrics.handover_failed();
             }
         }
     }
@@ -400,6 +399,8 @@ impl Estate {
         loop {
             match self.disk.reclaim().await {
                 Ok(()) => {
+                    // Before it is said, so that who reads it finds it counted.
+                    self.metrics.handover_failed();
                     tracing::info!("the cache directory is written again");
                     return listen(&self.dir);
                 }

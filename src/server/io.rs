@@ -54,6 +54,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use bytes::Buf;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use hyper::rt::ReadBufCursor;
@@ -63,6 +64,8 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, Sleep};
 
+use super::accept::Ending;
+use super::again::{Again, Answer, Heads};
 use super::body::{BodyObserver, Delivery};
 use super::outq::unacknowledged;
 use super::page_in::{Hangs, PageIn};
@@ -171,6 +174,8 @@ struct Shared {
     next: Mutex<Option<Offered>>,
     standing: Mutex<Standing>,
     cut: OnceLock<Cut>,
+    repeats: AtomicU64,
+    again: Mutex<Option<(u64, Arc<dyn Again>)>>,
     by_sendfile: AtomicU64,
     by_write: AtomicU64,
     copied: AtomicU64,
@@ -274,6 +279,33 @@ impl SendQueue {
 
     fn stand(&self, standing: Standing) {
         *self.0.standing.lock() = standing;
+    }
+
+    /// The head that hyper is given now is its `number`th, and the last one again but for the digits of its range; `None`: it
+    /// is another.
+    pub(super) fn repeats(&self, number: Option<u64>) {
+        self.0
+            .repeats
+            .store(number.unwrap_or_default(), Ordering::Relaxed);
+    }
+
+    /// What [`repeats`](Self::repeats) was told of the request that is being handled: the number to [`arm`](Self::arm) with.
+    pub(super) fn repeated(&self) -> Option<u64> {
+        let number = self.0.repeats.load(Ordering::Relaxed);
+        (number > 0).then_some(number)
+    }
+
+    /// The answer to the `number`th head is out, all of it; `again` repeats it.
+    pub(super) fn arm(&self, number: u64, again: Arc<dyn Again>) {
+        *self.0.again.lock() = Some((number, again));
+    }
+
+    /// What repeats the answer to the `number`th head, if that is out.
+    pub(super) fn take_again(&self, number: u64) -> Option<Arc<dyn Again>> {
+        let armed = self.0.again.lock().take();
+        armed
+            .filter(|(of, _)| *of == number)
+            .map(|(_, again)| again)
     }
 
     /// Bytes of files that left this connection through write, because their extents were short.
@@ -467,12 +499,22 @@ pub struct SendfileIo {
     burst: u64,
     /// What stands in front of the next extent was written because that extent is in the page cache.
     probed: bool,
+    heads: Heads,
+    /// What hyper does not know of and is being written.
+    answer: Option<Answer>,
+    ending: Ending,
 }
 
 impl SendfileIo {
     /// Wraps an accepted socket; `TCP_NODELAY` is the caller's business. Bodies sent through it
     /// must be built with the same `queue`.
-    pub fn new(tcp: TcpStream, queue: SendQueue, page_in: PageIn, timeouts: Timeouts) -> Self {
+    pub fn new(
+        tcp: TcpStream,
+        queue: SendQueue,
+        page_in: PageIn,
+        timeouts: Timeouts,
+        ending: Ending,
+    ) -> Self {
         Self {
             tcp,
             queue,
@@ -486,6 +528,9 @@ impl SendfileIo {
             credit: Credit::new(&timeouts),
             burst: 0,
             probed: false,
+            heads: Heads::default(),
+            answer: None,
+            ending,
         }
     }
 
@@ -640,6 +685,51 @@ impl SendfileIo {
         }
     }
 
+    /// Writes an answer that hyper does not know of to its end.
+    fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Some(mut answer) = self.answer.take() else {
+            return Poll::Ready(Ok(()));
+        };
+        while answer.has_remaining() {
+            let mut slices = [IoSlice::new(&[]); 2];
+            let filled = answer.chunks_vectored(&mut slices);
+            match self.poll_write_slices(cx, &slices[..filled]) {
+                Poll::Ready(Ok(sent)) => answer.advance(sent),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => {
+                    self.answer = Some(answer);
+                    return Poll::Pending;
+                }
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Writes memory up to the first marker, or from the extent that stands for it.
+    fn poll_write_slices(
+        &mut self,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        // Taken on every pass, sent or not: the next pass offers anew, advanced by what went out.
+        let offered = self.queue.take();
+        // Only up to the first marker: what stands behind it must not overtake the file.
+        let memory = slices.iter().take_while(|slice| !is_marker(slice)).count();
+        if memory > 0 || slices.is_empty() {
+            let memory = &slices[..memory];
+            return match offered {
+                Some(offered) => self.poll_write_before(cx, memory, &offered.extent),
+                None => self.poll_write_memory(cx, memory),
+            };
+        }
+        match offered {
+            Some(offered) => self.poll_send_offered(cx, &offered),
+            None => Poll::Ready(Err(io::Error::other(
+                "a file chunk was built with another connection's send queue",
+            ))),
+        }
+    }
+
     /// Sends from the extent, or what has to stand in for it.
     fn poll_send_offered(
         &mut self,
@@ -773,20 +863,32 @@ impl hyper::rt::Read for SendfileIo {
         mut buf: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        // Requests are small: copying one from the stack is cheaper than zeroing hyper's buffer for
-        // it.
-        let mut stack = [MaybeUninit::<u8>::uninit(); 8192];
-        let room = stack.len().min(buf.remaining());
-        let mut read = ReadBuf::uninit(&mut stack[..room]);
-        if let Poll::Ready(result) = Pin::new(&mut this.tcp).poll_read(cx, &mut read) {
+        loop {
+            ready!(this.poll_answer(cx))?;
+            // Requests are small: copying one from the stack is cheaper than zeroing hyper's buffer for
+            // it.
+            let mut stack = [MaybeUninit::<u8>::uninit(); 8192];
+            let room = stack.len().min(buf.remaining());
+            let mut read = ReadBuf::uninit(&mut stack[..room]);
+            let Poll::Ready(result) = Pin::new(&mut this.tcp).poll_read(cx, &mut read) else {
+                break;
+            };
             result?;
-            if this.expecting != Expecting::RestOfHead && !read.filled().is_empty() {
+            let bytes = read.filled();
+            let begins = this.expecting != Expecting::RestOfHead;
+            if begins && !bytes.is_empty() {
                 this.expecting = Expecting::RestOfHead;
                 this.read_wait.stop();
             }
             this.busy();
-            buf.put_slice(read.filled());
-            return Poll::Ready(Ok(()));
+            // Its last response says so, and hyper has to know of it.
+            if !this.ending.is_announced() {
+                this.answer = this.heads.answer(bytes, begins, &this.queue);
+            }
+            if this.answer.is_none() {
+                buf.put_slice(bytes);
+                return Poll::Ready(Ok(()));
+            }
         }
         let (limit, what) = match this.expecting {
             Expecting::First | Expecting::Next => (this.timeouts.idle, "no request came"),
@@ -820,24 +922,7 @@ impl hyper::rt::Write for SendfileIo {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        // Taken on every pass, sent or not: the next pass offers anew, advanced by what went out.
-        let offered = this.queue.take();
-        // Only up to the first marker: what stands behind it must not overtake the file.
-        let memory = slices.iter().take_while(|slice| !is_marker(slice)).count();
-        if memory > 0 || slices.is_empty() {
-            let memory = &slices[..memory];
-            return match offered {
-                Some(offered) => this.poll_write_before(cx, memory, &offered.extent),
-                None => this.poll_write_memory(cx, memory),
-            };
-        }
-        match offered {
-            Some(offered) => this.poll_send_offered(cx, &offered),
-            None => Poll::Ready(Err(io::Error::other(
-                "a file chunk was built with another connection's send queue",
-            ))),
-        }
+        self.get_mut().poll_write_slices(cx, slices)
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -845,7 +930,9 @@ impl hyper::rt::Write for SendfileIo {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().tcp).poll_shutdown(cx)
+        let this = self.get_mut();
+        ready!(this.poll_answer(cx))?;
+        Pin::new(&mut this.tcp).poll_shutdown(cx)
     }
 }
 

@@ -24,6 +24,7 @@
 
 pub mod accept;
 pub mod admin;
+mod again;
 pub mod body;
 pub mod handler;
 mod handover;

@@ -619,16 +619,6 @@ async fn close(disk: &DiskTier) {
     }
 }
 
-/// Raises the soft limit on descriptors to the hard one, as servers do: the soft one is low for the sake of
-/// programs that call `select`, which this one never does.
-pub fn raise_descriptor_limit() {
-    let mut limit = rustix::process::getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, limit) {
-        tracing::debug!(%error, "the limit on open files stays as it is");
-    }
-}
-
 /// Connects and probes all of them, the probes within the time that one has.
 async fn open_mounts(
     config: &Config,

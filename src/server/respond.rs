@@ -5,9 +5,10 @@
 
 #![deny(clippy::wildcard_enum_match_arm)]
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http::header::{
@@ -21,7 +22,7 @@ use super::body::{BodyObserver, Part, ResponseBody};
 use super::io::SendQueue;
 use crate::causes::one_line;
 use crate::mount::PathError;
-use crate::object::Validator;
+use crate::object::{Fields, Validator};
 use crate::semantics::precondition::Method;
 use crate::semantics::{ByteRange, Verdict};
 use crate::tiers::{Forwarded, Opened, Refusal, Trace};
@@ -76,7 +77,7 @@ pub fn opened<O: BodyObserver>(
         Verdict::Partial(ranges) => {
             describe(&mut headers, &fields);
             if let [range] = ranges[..] {
-                headers.insert(CONTENT_RANGE, content_range(range, size));
+                headers.insert(CONTENT_RANGE, content_range(range, size).value());
                 headers.insert(CONTENT_LENGTH, range.len().into());
                 parts.push_back(Part::Range(range));
             } else {
@@ -126,6 +127,80 @@ pub fn opened<O: BodyObserver>(
     (response, observer)
 }
 
+/// What heads have in common that answer a request for one range of the same revision from the disk, as HTTP/1.1 writes it.
+pub(super) struct RepeatedHead(Vec<u8>);
+
+impl RepeatedHead {
+    /// `more`: what the handler adds.
+    pub(super) fn new(fields: &Fields, more: [(HeaderName, HeaderValue); 1]) -> Self {
+        let mut headers = HeaderMap::new();
+        describe(&mut headers, fields);
+        headers.insert(CACHE_STATUS, cache_status(&Trace::default(), Method::Get));
+        headers.extend(more);
+        let mut head = Vec::with_capacity(512);
+        head.extend_from_slice(b"HTTP/1.1 ");
+        head.extend_from_slice(StatusCode::PARTIAL_CONTENT.as_str().as_bytes());
+        head.extend_from_slice(b" Partial Content\r\n");
+        for (name, value) in &headers {
+            push_field(&mut head, name, value.as_bytes());
+        }
+        Self(head)
+    }
+
+    /// The head for this range, to its end.
+    pub(super) fn of(
+        &self,
+        range: ByteRange,
+        size: u64,
+        trace: &Trace,
+        more: [(HeaderName, &[u8]); 2],
+    ) -> Vec<u8> {
+        let mut head = Vec::with_capacity(self.0.len() + 256);
+        head.extend_from_slice(&self.0);
+        push_field(&mut head, &CONTENT_RANGE, &content_range(range, size).0);
+        let mut length = itoa::Buffer::new();
+        push_field(
+            &mut head,
+            &CONTENT_LENGTH,
+            length.format(range.len()).as_bytes(),
+        );
+        let timing = server_timing(trace);
+        if !timing.is_empty() {
+            push_field(&mut head, &SERVER_TIMING, &timing.0);
+        }
+        for (name, value) in more {
+            push_field(&mut head, &name, value);
+        }
+        head.extend_from_slice(b"\r\n");
+        head
+    }
+}
+
+fn push_field(head: &mut Vec<u8>, name: &HeaderName, value: &[u8]) {
+    head.extend_from_slice(name.as_str().as_bytes());
+    head.extend_from_slice(b": ");
+    head.extend_from_slice(value);
+    head.extend_from_slice(b"\r\n");
+}
+
+/// `Date` (RFC 9110 §6.6.1) of an answer that is made now. Each thread writes it once a second.
+pub(super) fn date() -> [u8; 29] {
+    thread_local! {
+        static WRITTEN: Cell<Option<(u64, [u8; 29])>> = const { Cell::new(None) };
+    }
+    let now = SystemTime::now();
+    let second = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    WRITTEN.with(|written| match written.get() {
+        Some((of, date)) if of == second => date,
+        _ => {
+            let text = httpdate::fmt_http_date(now);
+            let date = *text.as_bytes().first_chunk().expect("as long as all dates");
+            written.set(Some((second, date)));
+            date
+        }
+    })
+}
+
 /// The answer to a request that the tiers refuse, `pin` being the one tag it was pinned to.
 pub fn refused(refusal: &Refusal, pin: Option<&Validator>) -> Response<ResponseBody> {
     let (status, detail, cause, status_seen) = match refusal {
@@ -155,9 +230,13 @@ pub fn refused(refusal: &Refusal, pin: Option<&Validator>) -> Response<ResponseB
             cause,
             None,
         ),
-        Refusal::BadGateway { cause } => (
+        Refusal::BadGateway { archived, cause } => (
             StatusCode::BAD_GATEWAY,
-            "the storage behind this server gave an answer that cannot be used",
+            if *archived {
+                "the object is archived in the storage behind this server: it has to be restored before it can be read"
+            } else {
+                "the storage behind this server gave an answer that cannot be used"
+            },
             cause,
             None,
         ),
@@ -284,7 +363,7 @@ fn multipart(headers: &mut HeaderMap, ranges: &[ByteRange], size: u64) -> VecDeq
             head.extend_from_slice(of_part.as_bytes());
         }
         head.extend_from_slice(b"\r\nContent-Range: ");
-        head.extend_from_slice(content_range(*range, size).as_bytes());
+        head.extend_from_slice(&content_range(*range, size).0);
         head.extend_from_slice(b"\r\n\r\n");
         length += head.len() as u64 + range.len();
         parts.push_back(Part::Bytes(Bytes::from(head)));
@@ -301,7 +380,7 @@ fn multipart(headers: &mut HeaderMap, ranges: &[ByteRange], size: u64) -> VecDeq
     parts
 }
 
-fn content_range(range: ByteRange, size: u64) -> HeaderValue {
+fn content_range(range: ByteRange, size: u64) -> Line {
     let mut line = Line::new();
     line.push("bytes ");
     line.number(range.start());
@@ -309,13 +388,19 @@ fn content_range(range: ByteRange, size: u64) -> HeaderValue {
     line.number(range.last());
     line.push("/");
     line.number(size);
-    line.value()
+    line
 }
 
 /// `Cache-Status` (RFC 9211) and `Server-Timing`.
 fn trace_fields(headers: &mut HeaderMap, trace: &Trace, method: Method) {
     headers.insert(CACHE_STATUS, cache_status(trace, method));
+    let timing = server_timing(trace);
+    if !timing.is_empty() {
+        headers.insert(SERVER_TIMING, timing.value());
+    }
+}
 
+fn server_timing(trace: &Trace) -> Line {
     let mut timing = Line::new();
     for (name, duration) in [
         ("disk", trace.disk),
@@ -329,9 +414,7 @@ fn trace_fields(headers: &mut HeaderMap, trace: &Trace, method: Method) {
             timing.milliseconds(duration);
         }
     }
-    if !timing.is_empty() {
-        headers.insert(SERVER_TIMING, timing.value());
-    }
+    timing
 }
 
 fn cache_status(trace: &Trace, method: Method) -> HeaderValue {
@@ -505,7 +588,7 @@ mod tests {
     fn a_range_at_the_end_of_64_bits_is_written_out() {
         let last = ByteRange::from_bounds(u64::MAX - 1, u64::MAX).unwrap();
         assert_eq!(
-            content_range(last, u64::MAX),
+            content_range(last, u64::MAX).value(),
             "bytes 18446744073709551614-18446744073709551614/18446744073709551615"
         );
     }

@@ -38,6 +38,7 @@ impl Inherited {
             let socket = passed
                 .take_tcp_listener(index)
                 .and_then(|socket| socket.ok_or_else(|| io::ErrorKind::NotFound.into()))
+                .and_then(listening)
                 .and_then(|socket| Ok((socket.local_addr()?, socket)))
                 .map_err(|error| {
                     format!(
@@ -82,6 +83,16 @@ impl Inherited {
         }
         Ok(inherited)
     }
+}
+
+/// A socket that does not listen would refuse every `accept`, for ever.
+fn listening(socket: TcpListener) -> io::Result<TcpListener> {
+    if rustix::net::sockopt::socket_acceptconn(&socket)? {
+        return Ok(socket);
+    }
+    Err(io::Error::other(
+        "it does not listen: pass one that does, as a socket unit with ListenStream= and Accept=no has it",
+    ))
 }
 
 /// Requests are answered. `main_pid`: this process has taken over and is the service now.

@@ -110,6 +110,11 @@ pub enum Effect {
     InternalError,
     /// Answer 403 `AccessDenied`.
     AccessDenied,
+    /// Answer 403 with another of S3's codes, as `InvalidObjectState`.
+    Forbidden {
+        /// The code.
+        code: &'static str,
+    },
     /// Send the head and this many bytes of the body, wait until the peer's kernel has them, then reset the
     /// connection (RST).
     ResetAfter {
@@ -160,6 +165,7 @@ impl Effect {
             Self::SlowDown { .. } => "slow-down",
             Self::InternalError => "internal-error",
             Self::AccessDenied => "access-denied",
+            Self::Forbidden { .. } => "forbidden",
             Self::ResetAfter { .. } => "reset-after",
             Self::CloseAfter { .. } => "close-after",
             Self::StallAfter { .. } => "stall-after",
@@ -350,7 +356,7 @@ pub(super) enum Cut {
 pub(super) enum Refusal {
     SlowDown { retry_after: Option<u32> },
     InternalError,
-    AccessDenied,
+    Forbidden { code: &'static str },
 }
 
 impl Plan {
@@ -366,7 +372,11 @@ impl Plan {
                     plan.refusal = Some(Refusal::SlowDown { retry_after });
                 }
                 Effect::InternalError => plan.refusal = Some(Refusal::InternalError),
-                Effect::AccessDenied => plan.refusal = Some(Refusal::AccessDenied),
+                Effect::AccessDenied => {
+                    let code = "AccessDenied";
+                    plan.refusal = Some(Refusal::Forbidden { code });
+                }
+                Effect::Forbidden { code } => plan.refusal = Some(Refusal::Forbidden { code }),
                 Effect::ResetAfter { bytes } => plan.body.cut = Some((bytes, Cut::Reset)),
                 Effect::CloseAfter { bytes } => plan.body.cut = Some((bytes, Cut::Close)),
                 Effect::StallAfter { bytes, duration } => {

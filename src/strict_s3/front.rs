@@ -206,7 +206,14 @@ fn refuse(refusal: Refusal) -> Result<HttpResponse, S3Error> {
             "We encountered an internal error. Please try again.",
             None,
         ),
-        Refusal::AccessDenied => (S3ErrorCode::AccessDenied, "Access Denied", None),
+        Refusal::Forbidden { code } => {
+            let known = S3ErrorCode::from_bytes(code.as_bytes());
+            (
+                known.unwrap_or(S3ErrorCode::AccessDenied),
+                "Access Denied",
+                None,
+            )
+        }
     };
     let mut response = S3Error::with_message(code, message).to_http_response()?;
     if let Some(seconds) = retry_after {

@@ -301,9 +301,8 @@ impl Tiers {
             (Some(_), false) => Forwarded::Stale,
             (None, false) => Forwarded::Miss,
         });
-        let key = target.key.key();
         let (representation, read) = if target.get.head.method == Method::Head {
-            let stat = self.origin(target).stat(key, None).await?;
+            let stat = self.stat(target, None).await?;
             (Arc::new(stat), None)
         } else {
             let unless = held.as_ref().map(|held| held.revision().validator.clone());
@@ -343,6 +342,9 @@ impl Tiers {
                 }
             }
         }
+        if current_held.is_none() {
+            current_held = self.hold_empty(target, &representation, era, trace).await;
+        }
         // What was asked for before a purge is not kept after it.
         if self.filler.era() == era {
             self.remember(target, state, &representation, asked);
@@ -375,7 +377,7 @@ impl Tiers {
             return Ok(origin.read_current(key, None, unless).await?);
         }
         Ok(Current::Read(RemoteRead {
-            representation: origin.stat(key, None).await?,
+            representation: self.stat(target, None).await?,
             range: None,
             body: Box::pin(futures::stream::empty()),
         }))
@@ -410,8 +412,7 @@ impl Tiers {
         {
             return Ok(stored);
         }
-        let key = target.key.key();
-        Ok(Arc::new(self.origin(target).stat(key, None).await?))
+        Ok(Arc::new(self.stat(target, None).await?))
     }
 
     fn remember(

@@ -44,10 +44,10 @@ enum State {
 }
 
 /// What it takes to read a revision: all that a reader has before it begins.
-struct Means {
+pub(super) struct Means {
     filler: Arc<Filler>,
     settings: TierSettings,
-    source: FillSource,
+    pub(super) source: FillSource,
 }
 
 struct Inner {
@@ -100,6 +100,14 @@ impl Reader {
             inner.first = Some(extent);
         }
         reader
+    }
+
+    /// What reads the same revision again, where the disk holds all of the response in one open file.
+    pub(super) fn means_of_whole(&self) -> Option<&Arc<Means>> {
+        match &self.state {
+            State::Idle(inner) if inner.first.is_some() => Some(&inner.means),
+            State::Idle(_) | State::Waiting(_) | State::Broken => None,
+        }
     }
 
     pub(super) async fn prepare(

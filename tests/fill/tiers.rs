@@ -158,6 +158,57 @@ async fn a_purge_does_not_cut_what_the_remote_still_has() {
     );
 }
 
+/// Without a byte there is no flight that a purge could call off.
+#[tokio::test]
+async fn an_empty_object_that_is_purged_while_it_is_asked_for_is_not_held() {
+    for pinned in [false, true] {
+        let replica = Replica::new(Duration::ZERO);
+        let pin = replica.put(&Bytes::new());
+        let pin = pinned.then_some(pin.as_str());
+        let (op, nth) = if pinned {
+            (Op::Stat, 1)
+        } else {
+            (Op::ReadCurrent, 2)
+        };
+        let gate = Gate::new();
+        replica.remote.on(op, nth, Effect::Hold(gate.clone()));
+        let purge = async {
+            gate.reached().await;
+            let purged = replica.tiers.purge(&replica.mount, "key", false).await;
+            assert_eq!(purged.unwrap().revisions, 0);
+            gate.open();
+        };
+        let (opened, ()) = soon(async { tokio::join!(replica.open(pin), purge) }).await;
+        assert!(!opened.unwrap().trace.stored, "pinned: {pinned}");
+        assert_eq!(
+            replica.disk.stats().revisions_in_memory,
+            0,
+            "pinned: {pinned}"
+        );
+        assert!(
+            replica.open(pin).await.unwrap().trace.stored,
+            "pinned: {pinned}"
+        );
+        assert_eq!(
+            replica.disk.stats().revisions_in_memory,
+            1,
+            "pinned: {pinned}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn an_empty_object_is_not_written_to_a_disk_that_takes_nothing() {
+    let replica = Replica::new(Duration::ZERO);
+    let pin = replica.put(&Bytes::new());
+    replica.disk.refuse_writes();
+    for pin in [None, Some(pin.as_str())] {
+        let opened = replica.open(pin).await.unwrap();
+        assert!(matches!(opened.verdict, Verdict::Full) && !opened.trace.stored);
+    }
+    assert_eq!(replica.disk.stats().revisions_in_memory, 0);
+}
+
 #[tokio::test]
 async fn what_the_disk_has_is_not_fetched_for_a_new_label() {
     let replica = Replica::new(Duration::ZERO);

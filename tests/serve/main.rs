@@ -18,6 +18,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod again;
 mod faults;
 mod rot;
 mod semantics_doc;
@@ -32,7 +33,10 @@ use futures::future::join_all;
 use http::Method;
 use http_body_util::BodyExt;
 use pinrange::disk::MinFree;
+use pinrange::mount::ForbiddenAs;
 use pinrange::strict_s3::{Effect, Fault, Mutation, Op, PutOptions};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use world::{BLOCK, PART, Setup, World, bytes, slice};
 
 fn replace(key: &str, with: &Bytes) -> Mutation {
@@ -808,8 +812,8 @@ async fn a_forward_is_claimed_only_where_there_was_one() {
             Method::GET,
             "/m/empty",
             200,
-            "pinrange; fwd=miss; fwd-status=206",
-            REMEMBERED,
+            "pinrange; fwd=miss; fwd-status=206; stored",
+            "pinrange; hit; detail=disk",
         ),
         (
             Method::HEAD,
@@ -960,6 +964,197 @@ async fn ranges_and_conditions_cold_and_warm() {
     for _ in 0..2 {
         let empty = world.get("/m/empty", &[]).await;
         assert_eq!((empty.status, empty.header("content-length")), (200, "0"));
+    }
+}
+
+/// Nothing says that an object is empty but an answer without bytes, so the first GET takes two requests: no range fits.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_object_is_held_like_any_other() {
+    let world = World::with(Setup {
+        fresh_for: Duration::ZERO,
+        ..Setup::default()
+    })
+    .await;
+    let options = PutOptions {
+        content_type: Some("text/plain".to_owned()),
+        last_modified: Some(std::time::SystemTime::now() - Duration::from_hours(1)),
+        ..PutOptions::default()
+    };
+    let put = world.s3.put("bucket", "empty", Bytes::new(), options);
+    let tag = put.unwrap().etag;
+    let pin = [("if-match", tag.as_str())];
+    for (method, pinned, requests) in [
+        (Method::GET, true, 2),
+        (Method::GET, false, 2),
+        (Method::HEAD, true, 1),
+        (Method::HEAD, false, 1),
+    ] {
+        let case = format!("{method} pinned {pinned}");
+        assert_eq!(world.purge("/m/*").await, 200);
+        world.s3.resume().await.unwrap();
+        world.s3.clear_log();
+        let fields: &[_] = if pinned { &pin } else { &[] };
+        let answer = world.ask(method, "/m/empty", fields).await;
+        assert_eq!(
+            (answer.status, answer.header("etag")),
+            (200, tag.as_str()),
+            "{case}"
+        );
+        assert_eq!(world.s3.stats().requests, requests, "{case}");
+        let status = answer.header("cache-status");
+        assert!(status.ends_with("; stored"), "{case}: {status}");
+
+        // Whoever asks what is current has it confirmed, once it is known what was.
+        let first = if pinned { 2 } else { 1 };
+        for requests in [first, 1] {
+            world.s3.clear_log();
+            let answer = world.get("/m/empty", &[]).await;
+            let kind = answer.header("content-type");
+            assert_eq!((answer.status, kind), (200, "text/plain"), "{case}");
+            assert_eq!(world.s3.stats().requests, requests, "{case}");
+        }
+
+        // Whoever names it needs nobody.
+        world.s3.stop_accepting().await;
+        world.s3.clear_log();
+        for (method, more, status) in [
+            (Method::GET, vec![], 200),
+            (Method::HEAD, vec![], 200),
+            (Method::GET, vec![("range", "bytes=0-")], 416),
+            (Method::GET, vec![("range", "bytes=-1")], 416),
+            (Method::GET, vec![("if-none-match", "*")], 304),
+        ] {
+            let fields: Vec<_> = pin.into_iter().chain(more).collect();
+            let answer = world.ask(method.clone(), "/m/empty", &fields).await;
+            let case = format!("{case}, then {method} {fields:?}");
+            assert_eq!((answer.status, answer.cut), (status, false), "{case}");
+            assert_eq!(
+                answer.header("cache-status"),
+                "pinrange; hit; detail=disk",
+                "{case}"
+            );
+            let range = if status == 416 { "bytes */0" } else { "" };
+            assert_eq!(answer.header("content-range"), range, "{case}");
+        }
+        let other = world.get("/m/empty", &[("if-match", "\"other\"")]).await;
+        assert_eq!(other.status, 503, "{case}: an outage outranks a lost pin");
+        assert!(world.s3.log().is_empty(), "{case}");
+    }
+    // It outlives a restart, and is gone when it is replaced.
+    let world = world.restart().await;
+    assert_eq!(world.get("/m/empty", &pin).await.status, 200);
+    world.s3.resume().await.unwrap();
+    world.put("empty", &bytes(44, 10));
+    assert_eq!(world.get("/m/empty", &[]).await.body.len(), 10);
+    assert_eq!(
+        world.get("/m/empty", &pin).await.status,
+        200,
+        "held, whatever S3 has now"
+    );
+    assert_eq!(world.purge("/m/empty").await, 200);
+    assert_eq!(world.get("/m/empty", &pin).await.status, 412);
+}
+
+/// S3 says 403 for all of these, and only one of them can mean that there is no such key.
+#[tokio::test(flavor = "multi_thread")]
+async fn only_a_denial_means_missing() {
+    let world = World::with(Setup {
+        fresh_for: Duration::ZERO,
+        forbidden: ForbiddenAs::NotFound,
+        ..Setup::default()
+    })
+    .await;
+    let tag = world.put("object", &bytes(45, 10));
+    for (code, status, says) in [
+        ("AccessDenied", 404, "there is no such object"),
+        ("InvalidAccessKeyId", 502, "an answer that cannot be used"),
+        (
+            "SignatureDoesNotMatch",
+            502,
+            "an answer that cannot be used",
+        ),
+        ("RequestTimeTooSkewed", 502, "an answer that cannot be used"),
+        ("ExpiredToken", 502, "an answer that cannot be used"),
+        ("InvalidObjectState", 502, "it has to be restored"),
+    ] {
+        for method in [Method::GET, Method::HEAD] {
+            for fields in [&[][..], &[("if-match", tag.as_str())]] {
+                let case = format!("{code}: {method} {fields:?}");
+                world.s3.clear_log();
+                world
+                    .s3
+                    .script(Fault::new(Effect::Forbidden { code }).times(2));
+                let answer = world.ask(method.clone(), "/m/object", fields).await;
+                world.s3.clear_faults();
+                assert_eq!(answer.status, status, "{case}");
+                // A HEAD's 403 has no code, so that takes a GET more. (An expired token is a 400.)
+                let requests = match method {
+                    Method::HEAD if code != "ExpiredToken" => 2,
+                    _ => 1,
+                };
+                assert_eq!(world.s3.stats().requests, requests, "{case}");
+                if method == Method::GET {
+                    let text = String::from_utf8(answer.body).unwrap();
+                    assert!(text.contains(says), "{case}: {text}");
+                }
+            }
+        }
+    }
+    // Denied once, and not when it is asked again: the object is there.
+    for fields in [&[][..], &[("if-match", tag.as_str())]] {
+        world.s3.script(Fault::new(Effect::AccessDenied));
+        let answer = world.ask(Method::HEAD, "/m/object", fields).await;
+        assert_eq!(
+            (answer.status, answer.header("content-length")),
+            (200, "10")
+        );
+    }
+}
+
+/// Where a 403 is no 404, the first is enough.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_denied_head_is_asked_once_where_that_decides_nothing() {
+    let world = World::new().await;
+    world.put("object", &bytes(46, 10));
+    world.s3.script(Fault::new(Effect::AccessDenied));
+    let answer = world.ask(Method::HEAD, "/m/object", &[]).await;
+    assert_eq!((answer.status, world.s3.stats().requests), (502, 1));
+}
+
+/// The whole answer as it comes, for those that hyper's client refuses.
+async fn raw(world: &World, method: &Method, path: &str) -> String {
+    let mut tcp = TcpStream::connect(world.replica.data).await.unwrap();
+    let request = format!("{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n");
+    tcp.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    tcp.read_to_end(&mut answer).await.unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// As many as S3 takes: 2 KB of names and values, 8 KB of request head.
+#[tokio::test(flavor = "multi_thread")]
+async fn all_of_the_user_metadata_passes_through() {
+    let world = World::new().await;
+    let metadata = (0..450)
+        .map(|at| (format!("{at:03}"), "v".to_owned()))
+        .collect();
+    let options = PutOptions {
+        metadata,
+        ..PutOptions::default()
+    };
+    world
+        .s3
+        .put("bucket", "object", bytes(47, 10), options)
+        .unwrap();
+    for method in [Method::GET, Method::HEAD] {
+        assert_eq!(world.purge("/m/*").await, 200);
+        let answer = raw(&world, &method, "/m/object").await;
+        assert!(answer.starts_with("HTTP/1.1 200 "), "{method}: {answer}");
+        assert_eq!(answer.matches("\r\nx-amz-meta-").count(), 450, "{method}");
+        assert!(
+            answer.contains("\r\nx-amz-meta-449: v\r\n"),
+            "{method}: {answer}"
+        );
     }
 }
 

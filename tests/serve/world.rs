@@ -11,6 +11,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use pinrange::config::{Config, MountConfig};
 use pinrange::disk::MinFree;
+use pinrange::mount::ForbiddenAs;
 use pinrange::remote::s3::CredentialSource;
 use pinrange::server::replica::Replica;
 use pinrange::strict_s3::{Options, PutOptions, StrictS3};
@@ -30,6 +31,7 @@ pub(crate) struct Setup {
     pub(crate) nested: bool,
     /// Off, so that requests to S3 can be counted: an audit comes when it comes.
     pub(crate) verify: bool,
+    pub(crate) forbidden: ForbiddenAs,
 }
 
 impl Default for Setup {
@@ -42,6 +44,7 @@ impl Default for Setup {
             retries: 1,
             nested: false,
             verify: false,
+            forbidden: ForbiddenAs::BadGateway,
         }
     }
 }
@@ -98,6 +101,7 @@ impl World {
         mount.fresh_for = setup.fresh_for;
         mount.retries = setup.retries;
         mount.verify = setup.verify;
+        mount.forbidden = setup.forbidden;
         let mut mounts = vec![mount];
         if setup.nested {
             let nested = MountConfig {

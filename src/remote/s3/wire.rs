@@ -9,8 +9,9 @@
 //! hyper reads a body ahead of whoever takes it, in buffers that grow to 400 KiB, two of them a connection, and hands each
 //! over from a task of its own. With a thousand reads under way that was most of the memory, and a fifth of the CPU
 //! time went into waking. So hyper does the heads, where strictness counts, and a body whose length is known is
-//! read here: only when somebody asks, into a buffer that is lent for as long as its bytes are in use. Other bodies
-//! (chunked errors, mostly) stay hyper's.
+//! read here: only when somebody asks, into a buffer that is lent for as long as its bytes are in use. Of other bodies
+//! (chunked ones: errors, mostly, and what proxies make of S3's) hyper finds the chunks, and what is there of them at once goes into
+//! one such buffer, for a chunk may be a few bytes, and each frame is a system call to whoever writes it.
 //!
 //! A [`Body`] can be polled anywhere, on a thread that may block as well: that is how a fill has the bytes read,
 //! checked and written by one thread in one go. Until then it holds a socket and no memory.
@@ -23,7 +24,7 @@ use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, HOST};
@@ -39,6 +40,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 use tower_service::Service;
 
 /// Idle connections kept to one server: as many as GETs that a wide download has under way at once.
@@ -55,6 +57,9 @@ const BUFFER: usize = 128 << 10;
 /// Buffers that are kept while nobody uses them.
 const SPARE_BUFFERS: usize = 16;
 
+/// Most fields of a response's head. S3 takes 8 KB of head with a PUT, and so at most 450 fields of user metadata.
+const MAX_FIELDS: usize = 512;
+
 type BoxError = Box<dyn StdError + Send + Sync>;
 type Socket = MaybeHttpsStream<TokioIo<TcpStream>>;
 
@@ -70,6 +75,12 @@ pub(super) enum WireError {
     /// Name, TCP or TLS.
     #[error("no connection")]
     Connect(#[source] BoxError),
+    /// TLS, because of who the server says it is.
+    #[error(
+        "the server's certificate is not trusted: if it comes from a CA of your own, name a file of trusted \
+         certificates in SSL_CERT_FILE"
+    )]
+    Untrusted(#[source] BoxError),
     /// The same, in time.
     #[error("no connection within {0:?}")]
     ConnectTimeout(Duration),
@@ -153,6 +164,9 @@ impl Wire {
                 incoming,
                 connection,
                 home,
+                rest: Bytes::new(),
+                broken: None,
+                buffers: Arc::clone(&self.buffers),
             })),
         };
         Ok(Response::from_parts(head, Body(body)))
@@ -197,11 +211,30 @@ where
     C: Service<Uri>,
     C::Error: Into<BoxError>,
 {
-    let refused = |error: C::Error| WireError::Connect(error.into());
+    let refused = |error: C::Error| {
+        let error = error.into();
+        if is_untrusted(&*error) {
+            WireError::Untrusted(error)
+        } else {
+            WireError::Connect(error)
+        }
+    };
     std::future::poll_fn(|cx| connector.poll_ready(cx))
         .await
         .map_err(refused)?;
     connector.call(uri).await.map_err(refused)
+}
+
+/// Whether it was the other side's certificate that TLS failed on.
+fn is_untrusted(error: &(dyn StdError + 'static)) -> bool {
+    if let Some(rustls::Error::InvalidCertificate(_)) = error.downcast_ref() {
+        return true;
+    }
+    // What an `io::Error` wraps is not its source: the source of that is.
+    match error.downcast_ref().and_then(io::Error::get_ref) {
+        Some(wrapped) => is_untrusted(wrapped),
+        None => error.source().is_some_and(is_untrusted),
+    }
 }
 
 /// hyper's two ends of one. It ends as soon as the first is dropped.
@@ -214,7 +247,11 @@ type Answer = (http::response::Parts, Incoming, Option<Connection>);
 
 /// A request and the head of its response. The connection is `None` where it has ended.
 async fn exchange(socket: Socket, request: Request<Empty<Bytes>>) -> Result<Answer, WireError> {
-    let (mut sender, driver) = http1::handshake(socket).await.map_err(WireError::Http)?;
+    let (mut sender, driver) = http1::Builder::new()
+        .max_headers(MAX_FIELDS)
+        .handshake(socket)
+        .await
+        .map_err(WireError::Http)?;
     let mut driver = Some(driver);
     let mut answer = pin!(sender.send_request(request));
     let answer = std::future::poll_fn(|cx| {
@@ -412,12 +449,15 @@ impl http_body::Body for Body {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        match &mut self.0 {
-            Kind::Exact(body) => body
-                .poll_bytes(cx)
-                .map(|bytes| bytes.map(|bytes| bytes.map(Frame::data).map_err(BoxError::from))),
-            Kind::Framed(body) => body.poll_frame(cx),
-        }
+        let bytes = match &mut self.0 {
+            Kind::Exact(body) => {
+                ready!(body.poll_bytes(cx)).map(|bytes| bytes.map_err(BoxError::from))
+            }
+            Kind::Framed(body) => {
+                ready!(body.poll_bytes(cx)).map(|bytes| bytes.map_err(BoxError::from))
+            }
+        };
+        Poll::Ready(bytes.map(|bytes| bytes.map(Frame::data)))
     }
 }
 
@@ -497,10 +537,51 @@ struct Framed {
     /// `None` once it has ended.
     connection: Option<Connection>,
     home: Option<(Arc<Pool>, Place)>,
+    /// Of a chunk that is longer than the room that was left.
+    rest: Bytes,
+    /// What broke the body behind the bytes that were handed on last.
+    broken: Option<hyper::Error>,
+    buffers: Arc<Buffers>,
 }
 
 impl Framed {
-    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+    fn poll_bytes(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, hyper::Error>>> {
+        if let Some(error) = self.broken.take() {
+            return Poll::Ready(Some(Err(error)));
+        }
+        let mut buffer = self.buffers.lend();
+        loop {
+            let room = &mut buffer.memory[buffer.len..];
+            let chunk = self.rest.split_to(self.rest.len().min(room.len()));
+            room[..chunk.len()].copy_from_slice(&chunk);
+            buffer.len += chunk.len();
+            if buffer.len == BUFFER {
+                break;
+            }
+            match self.poll_chunk(cx) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    // What is no data is a trailer.
+                    self.rest = frame.into_data().unwrap_or_default();
+                }
+                Poll::Ready(Some(Err(error))) if buffer.len == 0 => {
+                    return Poll::Ready(Some(Err(error)));
+                }
+                Poll::Ready(Some(Err(error))) => {
+                    self.broken = Some(error);
+                    break;
+                }
+                Poll::Ready(None) if buffer.len == 0 => return Poll::Ready(None),
+                Poll::Pending if buffer.len == 0 => return Poll::Pending,
+                Poll::Ready(None) | Poll::Pending => break,
+            }
+        }
+        Poll::Ready(Some(Ok(Bytes::from_owner(buffer))))
+    }
+
+    fn poll_chunk(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let mut frame = Pin::new(&mut self.incoming).poll_frame(cx);
         if frame.is_pending()
             && let Some(connection) = &mut self.connection
@@ -521,7 +602,7 @@ impl Framed {
                 pool.put(place, parts.io);
             }
         }
-        Poll::Ready(frame.map(|frame| frame.map_err(BoxError::from)))
+        Poll::Ready(frame)
     }
 }
 
@@ -694,8 +775,23 @@ mod tests {
         let closing = format!("{HEAD}2\r\nConnection: Close\r\n\r\nhi");
         let too_long = format!("{HEAD}2\r\n\r\nhi, and more");
         let old = "HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nhi";
-        for (expected, answer) in [closing.as_str(), &too_long, old].into_iter().enumerate() {
-            let (number, body) = server.get(&wire, answer, "").await;
+        let chunked = "HTTP/1.1 206 Partial Content\r\nTransfer-Encoding: chunked\r\n";
+        let closing_chunks = format!("{chunked}Connection: x, close\r\n\r\n2\r\nhi\r\n0\r\n\r\n");
+        let more_chunks = format!("{chunked}\r\n2\r\nhi\r\n0\r\n\r\nand more");
+        // Where the body comes apart, hyper has not seen its end.
+        let closing_apart = format!("{HEAD}2\r\nConnection: x, CLOSE\r\n\r\n");
+        let old_apart = "HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n";
+        let answers = [
+            (closing.as_str(), ""),
+            (&too_long, ""),
+            (old, ""),
+            (&closing_chunks, ""),
+            (&more_chunks, ""),
+            (&closing_apart, "hi"),
+            (old_apart, "hi"),
+        ];
+        for (expected, (answer, apart)) in answers.into_iter().enumerate() {
+            let (number, body) = server.get(&wire, answer, apart).await;
             assert_eq!(
                 (number, body.as_slice()),
                 (expected, &b"hi"[..]),
@@ -703,7 +799,7 @@ mod tests {
             );
         }
         let fine = format!("{HEAD}2\r\n\r\nhi");
-        assert_eq!(server.get(&wire, &fine, "").await.0, 3);
+        assert_eq!(server.get(&wire, &fine, "").await.0, answers.len());
         // It is idle now, and the server closes it.
         let place = Place::of(&server.uri).unwrap();
         server.say.send(None).unwrap();
@@ -717,7 +813,7 @@ mod tests {
             }
             tokio::task::yield_now().await;
         }
-        assert_eq!(server.get(&wire, &fine, "").await.0, 4);
+        assert_eq!(server.get(&wire, &fine, "").await.0, answers.len() + 1);
     }
 
     #[tokio::test]
@@ -760,5 +856,72 @@ mod tests {
             server.say.send(None).unwrap();
         });
         response.unwrap().into_body().collect().await.unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn chunks_come_together_and_what_came_before_a_cut_comes_first() {
+        let mut server = Server::start().await;
+        let wire = Wire::default();
+        let head = "HTTP/1.1 206 Partial Content\r\nTransfer-Encoding: chunked\r\n\r\n";
+        let small = "a\r\n0123456789\r\n".repeat(1000);
+        let long = format!("{:x}\r\n{}\r\n", 3 * BUFFER + 1, "x".repeat(3 * BUFFER + 1));
+        for (chunks, length) in [(&small, 10_000), (&long, 3 * BUFFER + 1)] {
+            for is_cut in [false, true] {
+                let request = server.request();
+                let (response, ()) = tokio::join!(wire.send(request, None), async {
+                    server.requests.recv().await.unwrap();
+                    server.say(format!("{head}{chunks}"));
+                    server
+                        .say
+                        .send((!is_cut).then(|| b"0\r\n\r\n".to_vec()))
+                        .unwrap();
+                });
+                let mut body = response.unwrap().into_body();
+                let (mut frames, mut received, mut end) = (0, 0, Ok(()));
+                while let Some(frame) = body.frame().await {
+                    match frame {
+                        Ok(frame) => received += frame.into_data().unwrap().len(),
+                        Err(error) => end = Err(error),
+                    }
+                    frames += 1;
+                }
+                assert_eq!(received, length);
+                assert_eq!(end.is_err(), is_cut, "{end:?}");
+                // hyper reads some KiB at a time, and they may come in pieces.
+                assert!(frames < 100, "{frames} frames");
+                assert!(!wire.buffers.0.lock().is_empty(), "they came back");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn idle_connections_are_few_and_not_kept_for_long() {
+        let mut server = Server::start().await;
+        let wire = Wire::default();
+        let fine = format!("{HEAD}2\r\n\r\nhi");
+        let place = Place::of(&server.uri).unwrap();
+        let idle = |wire: &Wire| wire.pool.0.lock().sockets.get(&place).map_or(0, Vec::len);
+        assert_eq!(server.get(&wire, &fine, "").await.0, 0);
+        tokio::time::advance(IDLE_TIMEOUT / 2).await;
+        assert_eq!(server.get(&wire, &fine, "").await.0, 0, "it is used again");
+        assert_eq!(idle(&wire), 1);
+        // It is closed though nobody asks for it.
+        tokio::time::sleep(2 * IDLE_TIMEOUT).await;
+        assert_eq!(idle(&wire), 0);
+        assert_eq!(server.get(&wire, &fine, "").await.0, 1);
+        // Nor is it used where nobody has looked for it in time.
+        wire.pool.0.lock().sockets.get_mut(&place).unwrap()[0].0 -= IDLE_TIMEOUT;
+        assert_eq!(server.get(&wire, &fine, "").await.0, 2);
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        for _ in 0..=IDLE_CONNECTIONS {
+            let socket = TcpStream::connect(listener.local_addr().unwrap()).await;
+            let socket = MaybeHttpsStream::Http(TokioIo::new(socket.unwrap()));
+            wire.pool.put(place.clone(), socket);
+        }
+        assert_eq!(idle(&wire), IDLE_CONNECTIONS);
+        let many: Vec<_> = (0..=SPARE_BUFFERS).map(|_| wire.buffers.lend()).collect();
+        drop(many);
+        assert_eq!(wire.buffers.0.lock().len(), SPARE_BUFFERS);
     }
 }

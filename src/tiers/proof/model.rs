@@ -163,6 +163,7 @@ fn troubles() -> impl Strategy<Value = RemoteErrorKind> {
         // The driver's word for a wrong range, a wrong tag, a 200 for a range.
         RemoteErrorKind::Protocol,
         RemoteErrorKind::Forbidden,
+        RemoteErrorKind::Archived,
     ])
 }
 
