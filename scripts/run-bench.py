@@ -112,6 +112,7 @@ def arguments():
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.pair_cells = warm.PAIR_CELLS[:1] if options.quick else warm.PAIR_CELLS
+    options.unlike_cells = warm.UNLIKE_CELLS[:1] if options.quick else warm.UNLIKE_CELLS
     for name in ("pinrange", "origin"):
         setattr(options, name, str(pathlib.Path(getattr(options, name)).resolve(strict=True)))
     # For `cold` alone, which says that it is missing.

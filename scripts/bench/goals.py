@@ -40,7 +40,8 @@ def cost(size):
 
 def where(cell):
     threads = "" if cell["threads"] == 1 else f", {cell['threads']} threads"
-    return f"{size_text(cell['size'])} × {cell['connections']}{threads}"
+    unlike = "" if cell.get("alike", True) else ", heads unlike"
+    return f"{size_text(cell['size'])} × {cell['connections']}{threads}{unlike}"
 
 
 def size_text(size):

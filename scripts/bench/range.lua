@@ -1,6 +1,8 @@
 -- wrk: random ranges of one object, each aligned to its own length and pinned by If-Match.
 --
---     wrk … -s range.lua URL -- SIZE LENGTH ETAG SEED
+--     wrk … -s range.lua URL -- SIZE LENGTH ETAG SEED [unlike]
+--
+-- With "unlike", a field of its own tells each request from the others, as a signature does; else they differ in the range alone.
 --
 -- The requests are written before the clock runs: what the load costs is taken from the same cores as what it measures.
 
@@ -18,10 +20,14 @@ function init(args)
     requests = {}
     for index = 1, math.min(4 * stretches, 16384) do
         local first = math.random(0, stretches - 1) * length
-        requests[index] = wrk.format("GET", nil, {
+        local fields = {
             ["Range"] = string.format("bytes=%d-%d", first, first + length - 1),
             ["If-Match"] = etag,
-        })
+        }
+        if args[5] then
+            fields["X-Turn"] = string.format("%d-%d-%06d", seed, number, index)
+        end
+        requests[index] = wrk.format("GET", nil, fields)
     end
     turn = 0
 end

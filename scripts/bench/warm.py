@@ -19,6 +19,8 @@ SIZES = (4 * KIB, 64 * KIB, MIB, 16 * MIB)
 CONNECTIONS = (1, 16, 256, 1000)
 #: With two worker threads: the smallest size by connections, and the others where there are many.
 PAIR_CELLS = ((4 * KIB, 16), (4 * KIB, 256), (4 * KIB, 1000), (64 * KIB, 256), (MIB, 256))
+#: With heads that differ in more than the range, which pinrange reads one by one.
+UNLIKE_CELLS = ((4 * KIB, 16), (4 * KIB, 256), (64 * KIB, 256))
 #: These have the best figures, so they are measured most often.
 LEADERS = ("pinrange", "nginx")
 
@@ -66,7 +68,7 @@ def competitors(options, processes, directory, origin, names, cores, threads=1):
 
 
 def warm(options, directory):
-    cells = []
+    cells, unlike = [], []
     with stack.Processes(directory) as processes:
         root = servers.make_object(directory, options.object * MIB)
         # It has nothing to do once everybody is full, and that is counted.
@@ -76,6 +78,9 @@ def warm(options, directory):
         for size in options.sizes:
             for connections in options.connections:
                 cells.append(cell(options, directory, origin, made, size, connections, 1, options.load_cores))
+        leaders = [server for server in made if server.name in LEADERS]
+        for size, connections in options.unlike_cells:
+            unlike.append(cell(options, directory, origin, leaders, size, connections, 1, options.load_cores, alike=False))
         whole = whole_object(options, made)
     if options.pair_cells:
         # On the directories that the first ones filled.
@@ -87,10 +92,10 @@ def warm(options, directory):
             made, _ = competitors(options, processes, directory, origin, names, options.pair_cores, threads=2)
             for size, connections in options.pair_cells:
                 cells.append(cell(options, directory, origin, made, size, connections, 2, options.pair_load_cores))
-    return {"filling": filled, "cells": cells, "whole": whole}
+    return {"filling": filled, "cells": cells, "unlike": unlike, "whole": whole}
 
 
-def cell(options, directory, origin, made, size, connections, threads, cores):
+def cell(options, directory, origin, made, size, connections, threads, cores, alike=True):
     """One size and one number of connections: all runs of all servers."""
     # Long enough for every connection to end a range or two, however many there are.
     seconds = max(options.seconds, min(5, math.ceil(size * connections / 4e9)))
@@ -104,7 +109,10 @@ def cell(options, directory, origin, made, size, connections, threads, cores):
         figures = patient(
             seconds,
             lambda longer: load.wrk(
-                directory, server, size, connections, longer, cores, seed=number + 1, threads=len(servers.core_list(cores))
+                *(directory, server, size, connections, longer, cores),
+                seed=number + 1,
+                threads=len(servers.core_list(cores)),
+                alike=alike,
             ),
         )
         return figures, origin.ask()["requests"] - before["requests"]
@@ -117,6 +125,7 @@ def cell(options, directory, origin, made, size, connections, threads, cores):
         "size": size,
         "connections": connections,
         "threads": threads,
+        "alike": alike,
         "seconds": seconds,
         "s3_requests": {name: sum(requests for _, requests in of_one) for name, of_one in ran.items()},
         "servers": {name: [rounded(figures) for figures in of_one] for name, of_one in runs.items()},

@@ -43,6 +43,8 @@
 //! part of what it holds is gone, most of a MiB on a fast connection, and a client that reads 10 KB/s would seem stalled
 //! for more than a minute. So before a client is given up, the kernel is asked what it holds still ([`unacknowledged`]).
 //!
+//! A head that repeats the last one for another range does not get as far as hyper: see [`again`](super::again).
+//!
 //! A file that ends early, cannot be read or hangs does not end the response either: see
 //! [`rescue`](super::rescue).
 

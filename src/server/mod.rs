@@ -10,6 +10,7 @@
 //!   on shutdown.
 //! - [`io`]: the socket as hyper sees it. File extents go out by sendfile; whoever makes us wait
 //!   too long is cut.
+//! - `again`: a request that repeats the last one for another range, answered without hyper.
 //! - [`page_in`]: what is not in the page cache is read off the runtime's workers before it is
 //!   sent.
 //! - [`body`]: what a response's body is made of, and how its end is observed.
