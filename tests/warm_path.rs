@@ -78,25 +78,32 @@ async fn a_warm_pinned_range_is_one_write_and_sendfile_and_a_short_one_a_read_an
     s3.clear_log();
     let pin = format!("If-Match: {etag}\r\nRange: bytes=0-0\r\n");
     assert_eq!(http::get(warm.data, "/m/object", &pin).status, 206);
-    for (length, way) in [
+    let ways = [
         (1, Way::Copied),
         (4 << 10, Way::Copied),
         ((4 << 10) + 1, Way::Joined),
-        (32 << 10, Way::Joined),
-        ((32 << 10) + 1, Way::Sent),
+        (128 << 10, Way::Joined),
+        ((128 << 10) + 1, Way::Sent),
         (SIZE - FIRST, Way::Sent),
-    ] {
+    ];
+    // The first request of a connection, and one that is answered without being read (ADR 23).
+    for ((length, way), before) in ways.into_iter().flat_map(|way| [(way, 0), (way, 2)]) {
         let range = FIRST..FIRST + length;
         let trace = dir.path().join("trace");
-        let mut tracer = strace::attach(&tracer, warm.process.pid(), 64, &trace);
         let mut connection = http::connect(warm.data);
         let client = connection.local_addr().unwrap();
-        let last = range.end - 1;
-        write!(
-            connection,
-            "GET /m/object HTTP/1.1\r\nHost: test\r\nIf-Match: {etag}\r\nRange: bytes={FIRST}-{last}\r\n\r\n"
-        )
-        .unwrap();
+        let ranged = |last: usize| {
+            format!(
+                "GET /m/object HTTP/1.1\r\nHost: test\r\nIf-Match: {etag}\r\nRange: bytes={FIRST}-{last}\r\n\r\n"
+            )
+        };
+        for _ in 0..before {
+            write!(connection, "{}", ranged(FIRST)).unwrap();
+            let answer = http::read(&mut BufReader::new(&mut connection), false);
+            assert_eq!(answer.unwrap().unwrap().status, 206);
+        }
+        let mut tracer = strace::attach(&tracer, warm.process.pid(), 64, &trace);
+        write!(connection, "{}", ranged(range.end - 1)).unwrap();
         let mut answers = BufReader::new(connection);
         let answer = http::read(&mut answers, false).unwrap().unwrap();
         assert_eq!(answer.status, 206);
@@ -122,6 +129,9 @@ async fn a_warm_pinned_range_is_one_write_and_sendfile_and_a_short_one_a_read_an
             way,
         );
     }
+    let repeated = format!("\npinrange_repeated_requests_total {}\n", ways.len());
+    let metrics = String::from_utf8(http::get(warm.admin, "/metrics", "").body).unwrap();
+    assert!(metrics.contains(&repeated), "{metrics}");
     assert_eq!(warm.stop().code(), Some(0));
 }
 

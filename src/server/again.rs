@@ -88,10 +88,9 @@ impl Heads {
                 return answer;
             }
         } else {
-            match Pattern::of(bytes).filter(|_| begins) {
-                Some(pattern) => self.last = pattern,
-                None => (self.last, self.mixed) = (None, true),
-            }
+            let pattern = Pattern::of(bytes).filter(|_| begins);
+            self.mixed = pattern.is_none();
+            self.last = pattern.flatten();
         }
         self.again = None;
         self.given += 1;
@@ -268,7 +267,7 @@ mod tests {
         let queue = SendQueue::default();
         let mut heads = Heads::default();
         let asked = Arc::new(Asked::default());
-        let mut give = |heads: &mut Heads, bytes: &[u8]| {
+        let give = |heads: &mut Heads, bytes: &[u8]| {
             assert!(heads.answer(bytes, true, &queue).is_none());
             asked.0.load(Ordering::Relaxed)
         };

@@ -165,7 +165,11 @@ impl Handler {
                     && may_be_repeated(request, fields)
                     && let Some(warm) = opened.warm()
                 {
-                    end.again = Some(Box::new((number, queue.clone(), self.again(warm, request))));
+                    end.again = Some(Box::new(Repeatable {
+                        again: self.again(warm, request),
+                        queue: queue.clone(),
+                        number,
+                    }));
                 }
                 let (response, over) = respond::opened(opened, head.method, queue, end);
                 if let Some(end) = over {
@@ -498,8 +502,16 @@ struct RequestEnd {
     first_byte: Duration,
     /// Counted among the open responses.
     open: bool,
-    /// What repeats the answer once all of it is out, and where to say so with which number. Few have it.
-    again: Option<Box<(u64, SendQueue, Arc<dyn Again>)>>,
+    /// Few have it.
+    again: Option<Box<Repeatable>>,
+}
+
+/// What repeats an answer, once all of it is out.
+struct Repeatable {
+    again: Arc<dyn Again>,
+    queue: SendQueue,
+    /// Of the request, as the queue counts them.
+    number: u64,
 }
 
 impl RequestEnd {
@@ -544,10 +556,9 @@ impl BodyObserver for RequestEnd {
             }
         }
         if end.abort.is_none()
-            && let Some(again) = self.again.take()
+            && let Some(answer) = self.again.take()
         {
-            let (number, queue, again) = *again;
-            queue.arm(number, again);
+            answer.queue.arm(answer.number, answer.again);
         }
         self.write(bytes, end.abort.map(|abort| abort.reason));
     }
