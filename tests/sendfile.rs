@@ -986,6 +986,17 @@ async fn what_a_client_still_sends_does_not_tear_its_answer_away() {
     assert_same(&client.response().await, &server.body("0-199999"));
     drop(client);
 
+    // More than was announced, behind the last request.
+    let mut client = server.connect_narrow().await;
+    let last = "GET /whole/0-199999 HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n";
+    client.tcp.write_all(last.as_bytes()).await.unwrap();
+    assert!(server.end().await.abort.is_none());
+    // The connection is about to be closed, or is.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    client.tcp.write_all(last.as_bytes()).await.unwrap();
+    assert_same(&client.response().await, &server.body("0-199999"));
+    drop(client);
+
     // An answer of hyper's own.
     let mut client = server.connect().await;
     let head = format!("GET /ping HTTP/1.1\r\nX: {}", "x".repeat(200_000));

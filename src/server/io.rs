@@ -541,11 +541,14 @@ impl SendfileIo {
     /// A socket that is closed while it holds unread bytes is reset, and a reset lets the client's
     /// kernel throw away an answer that nobody has read yet (RFC 9112 §9.6). So what the client still
     /// sends is taken and dropped first, until it has nothing more, for [`LINGER`] and up to
-    /// [`LINGER_BYTES`]. With `expected` more is on its way even if nothing has come yet.
+    /// [`LINGER_BYTES`]. Nothing is waited for unless more is `expected`, or the client's kernel has not acknowledged all of
+    /// the answer.
     ///
     /// Dropping the future closes at once.
     pub(super) async fn linger(self, expected: bool) {
         let tcp = self.tcp;
+        // The end counts as one.
+        let expected = expected || unacknowledged(&tcp) > 1;
         let drained = async {
             let (mut left, mut expected) = (LINGER_BYTES, expected);
             loop {
