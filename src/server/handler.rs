@@ -5,6 +5,9 @@
 //!                   │ no                         │ refusal                │ body ends
 //!                   └──────▶ respond::rejected   └─▶ respond::refused     └─▶ one line, metrics
 //! ```
+//!
+//! A pinned range that the disk answered may leave a [`WarmRange`] behind, by which the same request for other ranges is
+//! answered without coming here (see [`again`](super::again)).
 
 use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
@@ -14,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Buf;
 use http::header::{
-    CACHE_CONTROL, CONNECTION, DATE, HOST, HeaderMap, HeaderName, HeaderValue, RANGE,
-    TRANSFER_ENCODING, VIA,
+    CACHE_CONTROL, CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, RANGE, TRANSFER_ENCODING,
+    VIA,
 };
 use http::{Request, Response};
 use http_body::Body as _;
@@ -254,7 +257,7 @@ impl Handler {
 
     fn again<B>(&self, warm: Warm, request: &Request<B>) -> Arc<dyn Again> {
         Arc::new(WarmRange {
-            head: RepeatedHead::new(&warm.fields, [(VIA, THIS_SERVER)]),
+            head: RepeatedHead::new(&warm.fields, (VIA, THIS_SERVER)),
             warm,
             tiers: Arc::clone(&self.tiers),
             metrics: self.metrics.clone(),
@@ -322,8 +325,8 @@ impl Again for WarmRange {
             span.record("pin", "one");
             span.record("range", format!("bytes={first}-{last}"));
         }
-        let more = [(X_REQUEST_ID, &id[..]), (DATE, &respond::date())];
-        let head = self.head.of(range, self.warm.size(), &trace, more);
+        let size = self.warm.size();
+        let head = self.head.of(range, size, &trace, (&X_REQUEST_ID, &id));
         self.metrics.repeated();
         self.metrics.open_responses(1);
         let end = RequestEnd {

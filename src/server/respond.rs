@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http::header::{
-    ACCEPT_RANGES, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG,
+    ACCEPT_RANGES, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, DATE, ETAG,
     EXPIRES, HeaderMap, HeaderName, HeaderValue, LAST_MODIFIED, RETRY_AFTER,
 };
 use http::{Response, StatusCode};
@@ -131,29 +131,26 @@ pub fn opened<O: BodyObserver>(
 pub(super) struct RepeatedHead(Vec<u8>);
 
 impl RepeatedHead {
-    /// `more`: what the handler adds.
-    pub(super) fn new(fields: &Fields, more: [(HeaderName, HeaderValue); 1]) -> Self {
+    /// `more`: the field that the handler adds to all of them.
+    pub(super) fn new(fields: &Fields, more: (HeaderName, HeaderValue)) -> Self {
         let mut headers = HeaderMap::new();
         describe(&mut headers, fields);
         headers.insert(CACHE_STATUS, cache_status(&Trace::default(), Method::Get));
-        headers.extend(more);
-        let mut head = Vec::with_capacity(512);
-        head.extend_from_slice(b"HTTP/1.1 ");
-        head.extend_from_slice(StatusCode::PARTIAL_CONTENT.as_str().as_bytes());
-        head.extend_from_slice(b" Partial Content\r\n");
+        headers.extend([more]);
+        let mut head = format!("HTTP/1.1 {}\r\n", StatusCode::PARTIAL_CONTENT).into_bytes();
         for (name, value) in &headers {
             push_field(&mut head, name, value.as_bytes());
         }
         Self(head)
     }
 
-    /// The head for this range, to its end.
+    /// The head for this range, to its end. `more`: the field that the handler adds to this one.
     pub(super) fn of(
         &self,
         range: ByteRange,
         size: u64,
         trace: &Trace,
-        more: [(HeaderName, &[u8]); 2],
+        more: (&HeaderName, &[u8]),
     ) -> Vec<u8> {
         let mut head = Vec::with_capacity(self.0.len() + 256);
         head.extend_from_slice(&self.0);
@@ -168,9 +165,8 @@ impl RepeatedHead {
         if !timing.is_empty() {
             push_field(&mut head, &SERVER_TIMING, &timing.0);
         }
-        for (name, value) in more {
-            push_field(&mut head, &name, value);
-        }
+        push_field(&mut head, &DATE, &date());
+        push_field(&mut head, more.0, more.1);
         head.extend_from_slice(b"\r\n");
         head
     }
@@ -184,7 +180,7 @@ fn push_field(head: &mut Vec<u8>, name: &HeaderName, value: &[u8]) {
 }
 
 /// `Date` (RFC 9110 §6.6.1) of an answer that is made now. Each thread writes it once a second.
-pub(super) fn date() -> [u8; 29] {
+fn date() -> [u8; 29] {
     thread_local! {
         static WRITTEN: Cell<Option<(u64, [u8; 29])>> = const { Cell::new(None) };
     }

@@ -124,6 +124,15 @@ impl Connection {
         connection
     }
 
+    /// Is being answered again, with more than the sockets take: all of the `size` bytes of `/m/object`.
+    async fn under_way(world: &World, tag: &str, size: u64) -> Self {
+        let mut connection = Self::narrow(world).await;
+        connection.arm(tag).await;
+        let all = ranged(tag, &format!("bytes=0-{}", size - 1));
+        connection.send(all).await;
+        connection
+    }
+
     async fn arm(&mut self, tag: &str) {
         for _ in 0..2 {
             self.ask(ranged(tag, "bytes=0-0")).await;
@@ -465,12 +474,7 @@ async fn who_stalls_in_a_repeated_answer_is_cut() {
     let (mut world, _, tag) = holding(88, 8 * PART).await;
     world.config.server.progress_timeout = Duration::from_millis(500);
     let world = world.restart().await;
-    let mut connection = Connection::narrow(&world).await;
-    connection.arm(&tag).await;
-    let last = 8 * PART - 1;
-    connection
-        .send(ranged(&tag, &format!("bytes=0-{last}")))
-        .await;
+    let mut connection = Connection::under_way(&world, &tag, 8 * PART).await;
     let cut = "pinrange_aborted_total{reason=\"client_stalled\"} 1\n";
     while !world.metrics().await.contains(cut) {
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -491,10 +495,7 @@ async fn a_drain_ends_repeated_answers_as_others() {
     let (mut world, object, tag) = holding(89, 8 * PART).await;
     world.config.server.drain_grace = Duration::from_secs(2);
     let world = world.restart().await;
-    let mut busy = Connection::narrow(&world).await;
-    busy.arm(&tag).await;
-    let last = 8 * PART - 1;
-    busy.send(ranged(&tag, &format!("bytes=0-{last}"))).await;
+    let mut busy = Connection::under_way(&world, &tag, 8 * PART).await;
     // The head is here, and most of the body is not.
     busy.0.fill_buf().await.unwrap();
     let mut asking = Connection::armed(&world, &tag).await;
