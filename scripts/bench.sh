@@ -30,7 +30,7 @@ if ((${#missing[@]})); then
   "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" > /dev/null
 fi
 
-cargo build --release --locked --bin pinrange --example origin --example relay
+cargo build --release --locked --bin pinrange --example origin --example relay --example calls
 
 out=docs
 [[ " $* " != *" --quick "* ]] || out=target/bench

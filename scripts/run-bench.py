@@ -27,6 +27,7 @@ import tempfile
 import traceback
 
 from bench import cold, download, machine, pages, scale, servers, warm
+from bench.goals import CALLS
 from fleet import stack
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -77,6 +78,7 @@ def arguments():
     parser.add_argument("--pinrange", default="target/release/pinrange", metavar="PROGRAM")
     parser.add_argument("--origin", default="target/release/examples/origin", metavar="PROGRAM")
     parser.add_argument("--relay", default="target/release/examples/relay", metavar="PROGRAM", help="for cold")
+    parser.add_argument("--calls", default="target/release/examples/calls", metavar="PROGRAM", help="for warm")
     parser.add_argument("--rounds", type=int, help="of which the median counts [5]")
     parser.add_argument("--other-rounds", type=int, help="of the competitors that are far behind [3]")
     parser.add_argument("--seconds", type=int, default=1, help="of each run, longer where ranges are long and connections many [1]")
@@ -86,7 +88,7 @@ def arguments():
     parser.add_argument("--pair-load-cores", metavar="CORES", help="of their load [the upper half; both, where there are but two]")
     parser.add_argument("--sizes", type=numbers)
     parser.add_argument("--connections", type=numbers)
-    parser.add_argument("--competitors", type=lambda text: text.split(","), default=COMPETITORS, help=f"of {','.join(COMPETITORS)} [all]")
+    parser.add_argument("--competitors", type=lambda text: text.split(","), default=COMPETITORS, help=f"of {','.join((*COMPETITORS, *CALLS[1:]))} [{','.join(COMPETITORS)}]")
     parser.add_argument("--object", type=int, metavar="MIB", help="the object's size [1024]")
     parser.add_argument("--dir", help="where to work: needs six times the object's size")
     parser.add_argument("--json", metavar="FILE")
@@ -115,8 +117,9 @@ def arguments():
     options.unlike_cells = warm.UNLIKE_CELLS[:1] if options.quick else warm.UNLIKE_CELLS
     for name in ("pinrange", "origin"):
         setattr(options, name, str(pathlib.Path(getattr(options, name)).resolve(strict=True)))
-    # For `cold` alone, which says that it is missing.
-    options.relay = str(pathlib.Path(options.relay).resolve())
+    # For one bench alone, which says that it is missing.
+    for name in ("relay", "calls"):
+        setattr(options, name, str(pathlib.Path(getattr(options, name)).resolve()))
     return options
 
 
@@ -124,7 +127,7 @@ def numbers(text):
     return [int(word) for word in text.split(",")]
 
 
-COMPETITORS = ("pinrange", "nginx", "nginx-again", "nginx-slice", "varnish", "traffic-server")
+COMPETITORS = ("pinrange", "nginx", "nginx-again", "nginx-slice", "varnish", "traffic-server", "calls")
 
 
 def on_object(bench):

@@ -7,6 +7,8 @@ KIB, MIB = 1 << 10, 1 << 20
 #: Two runs of the same program differ by so much.
 NOISE = 1.03
 REST = ("nginx-slice", "varnish", "traffic-server")
+#: Programs that make system calls and nothing else, to be set beside nginx: pinrange's, and other ways to the same bytes.
+CALLS = ("calls", "calls-apart", "calls-corked", "calls-nginx")
 NAMES = {
     "pinrange": "pinrange",
     "nginx": "nginx static",
@@ -14,6 +16,10 @@ NAMES = {
     "varnish": "Varnish",
     "traffic-server": "Traffic Server",
     "nginx-again": "nginx again",
+    "calls": "the calls alone",
+    "calls-apart": "the calls alone, heads apart",
+    "calls-corked": "the calls alone, heads corked",
+    "calls-nginx": "nginx's calls alone",
     "relay": "the least through a file",
     "relay-memory": "the least through memory",
 }

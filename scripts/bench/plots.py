@@ -11,6 +11,7 @@ COLOURS = {
     "varnish": "#7fa8d1",
     "traffic-server": "#a05195",
     "direct": "#888888",
+    "calls": "#333333",
 }
 SPARE = ("#1b6e3c", "#7fa8d1", "#d9a441", "#a05195", "#888888", "#c44e52")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 240, 58, 12, 46, 40

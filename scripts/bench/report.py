@@ -15,9 +15,11 @@ import sys
 
 import capacity
 import plots
-from goals import MIB, NAMES, cost, goals, origin_text, ratio, result, size_text, where
+from goals import CALLS, MIB, NAMES, cost, goals, origin_text, ratio, result, size_text, where
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
+#: They are set beside nginx, as pinrange is.
+BESIDE_NGINX = ("nginx-again", *CALLS)
 BEGIN, END = "<!-- what follows is written by scripts/bench/report.py -->", "<!-- what precedes is written by scripts/bench/report.py -->"
 
 
@@ -132,6 +134,11 @@ def warm_section(results, plotted):
         "configuration, ÷ the first: what it differs from 1 by is noise. The requests of a cell differ in nothing but their ranges, as those of a download in pieces do; “heads "
         "unlike”: in another field too, so that pinrange reads each by itself (ADR 23)."
     )
+    if any(name in cell["servers"] for cell in warm["cells"] for name in CALLS):
+        intro += (
+            " “The calls alone” is [calls.rs](../examples/calls.rs), ÷ nginx static: a program that makes pinrange's system calls for a warm range and nothing else, "
+            "so what pinrange needs beyond it is pinrange's own."
+        )
     text = paragraphs("## Warm", intro, warm_ratios(all_cells(warm)))
     text = paragraphs(
         text,
@@ -157,7 +164,7 @@ def warm_ratios(cells):
         row = [where(cell)]
         for name in others:
             for field in ("requests_per_second", "p99_us", cost(cell["size"])):
-                value = ratio(cell, field, "nginx", name) if name == "nginx-again" else ratio(cell, field, name)
+                value = ratio(cell, field, "nginx", name) if name in BESIDE_NGINX else ratio(cell, field, name)
                 if not value:
                     row.append("")
                 elif name == "nginx":
@@ -215,7 +222,7 @@ def filling_section(results, _):
     rows = [
         (NAMES[row["server"]], f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.2f}", row["s3_requests"], f"{row['s3_bytes'] / MIB:,.0f}")
         for row in warm["filling"]
-        if not row["server"].startswith("nginx") or row["server"] == "nginx-slice"
+        if not row["server"].startswith(("nginx", "calls")) or row["server"] == "nginx-slice"
     ]
     return paragraphs(
         "### Filling the caches",
@@ -418,7 +425,7 @@ def connection_plot(cells, field, label, logarithmic):
         for cell in cells:
             if cell["size"] == size:
                 for name, runs in cell["servers"].items():
-                    if name == "nginx-again":
+                    if name in BESIDE_NGINX:
                         continue
                     series.setdefault(name, []).append((cell["connections"], statistics.median(run[field] for run in runs)))
         panels.append(

@@ -215,6 +215,14 @@ def relay(processes, program, origin, cache, cores, keeps=True):
     return Server(processes, name, command, port, f"/bench/{OBJECT}")
 
 
+def calls(processes, program, root, cores, name="calls"):
+    """What makes pinrange's system calls and nothing else; `calls-` and a way: those of that way."""
+    port = stack.free_port()
+    way = name.split("-")[1:]
+    command = on(cores, program, f"127.0.0.1:{port}", root / OBJECT, *way)
+    return Server(processes, name, command, port, f"/{OBJECT}")
+
+
 def nginx(processes, name, cores, path, config, **values):
     directory = processes.directory / name
     directory.mkdir()

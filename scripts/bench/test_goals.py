@@ -71,6 +71,12 @@ class Goals(unittest.TestCase):
         self.assertEqual(goals.cost(1 << 20), "cpu_seconds_per_gb")
         self.assertEqual(goals.cost(1 << 16), "cpu_us_per_request")
 
+    def test_the_calls_alone_are_no_rival(self):
+        rivals = cell([run(cpu=9)], [run()])
+        with_calls = cell([run(cpu=9)], [run()])
+        with_calls["servers"]["calls"] = [run(rate=5000, p99=1, cpu=1)]
+        self.assertEqual(goals.goals({"warm": {"result": warm(with_calls)}}), goals.goals({"warm": {"result": warm(rivals)}}))
+
     def test_what_was_not_measured_is_said_to_be_so(self):
         rows = goals.goals({})
         self.assertTrue(all(measured == "not measured" for _, _, measured, _ in rows))
@@ -87,6 +93,25 @@ class Page(unittest.TestCase):
         # 12.5 GB/s × 1448 ÷ 1538 × 0.1 s × 1.5
         text = capacity.mix(1.0, 0.0, capacity.LINE * capacity.PAYLOAD, 0.1, 0.0)
         self.assertIn("| 1.8 | 12 GB/s | 0.0 | 0 | the network |", text)
+
+    def test_the_calls_alone_are_set_beside_nginx_and_explained(self):
+        both = cell([run(cpu=9)], [run(cpu=10)])
+        self.assertNotIn("calls.rs", report.warm_section({"warm": {"result": warm(both)}}, {}))
+        both["servers"]["calls"] = [run(cpu=6)]
+        text = report.warm_section({"warm": {"result": warm(both)}}, {})
+        self.assertIn("calls.rs", text)
+        self.assertIn("the calls alone: requests/s", text)
+        # To pinrange they would be 1.5.
+        self.assertIn("| 1.00 | 1.00 | 0.60 |", text)
+
+    def test_who_caches_nothing_has_nothing_to_fill(self):
+        filled = {"seconds": 1.0, "cpu_seconds": 1.0, "s3_requests": 1, "s3_bytes": goals.MIB}
+        section = warm()
+        section["filling"] = [{"server": name} | filled for name in ("varnish", "nginx", *goals.CALLS)]
+        text = report.filling_section({"warm": {"result": section}}, {})
+        self.assertIn("Varnish", text)
+        self.assertNotIn("alone", text)
+        self.assertNotIn("nginx", text)
 
     def test_an_axis_holds_what_it_shows(self):
         axis = plots.Axis([1, 1000], True, 0, 300, from_zero=False)

@@ -12,6 +12,7 @@ import subprocess
 import time
 
 from bench import load, servers
+from bench.goals import CALLS
 from fleet import stack
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -36,6 +37,7 @@ def competitors(options, processes, directory, origin, names, cores, threads=1):
         "nginx-slice": lambda: servers.nginx_slice(processes, origin, directory / "slices", cores, threads),
         "varnish": lambda: servers.varnish(processes, origin, cores),
         "traffic-server": lambda: servers.traffic_server(processes, origin, directory / "traffic", cores, threads),
+        **{name: lambda name=name: servers.calls(processes, options.calls, root, cores, name) for name in CALLS},
     }
     if unknown := set(names) - set(makers):
         raise stack.Broken(f"there is no {', '.join(unknown)}: choose from {', '.join(makers)}")
@@ -79,10 +81,11 @@ def warm(options, directory):
             for connections in options.connections:
                 cells.append(cell(options, directory, origin, made, size, connections, 1, options.load_cores))
         leaders = [server for server in made if server.name in LEADERS]
-        for size, connections in options.unlike_cells:
-            unlike.append(cell(options, directory, origin, leaders, size, connections, 1, options.load_cores, alike=False))
-        whole = whole_object(options, made)
-    if options.pair_cells:
+        if "pinrange" in options.competitors:
+            for size, connections in options.unlike_cells:
+                unlike.append(cell(options, directory, origin, leaders, size, connections, 1, options.load_cores, alike=False))
+        whole = whole_object(options, [server for server in made if server.name not in CALLS])
+    if options.pair_cells and "pinrange" in options.competitors:
         # On the directories that the first ones filled.
         second = directory / "pair"
         second.mkdir(mode=0o755)
