@@ -55,7 +55,7 @@ def main():
             continue
         section = {
             "machine": description | weather.report(),
-            "options": {key: value for key, value in vars(options).items() if key not in ("bench", "dir", "json", "origin", "pinrange")},
+            "options": {key: value for key, value in vars(options).items() if key not in ("bench", "dir", "json", *PROGRAMS)},
             "result": result,
         }
         print(f"{name}: {section['machine']['seconds']} s", flush=True)
@@ -143,6 +143,7 @@ BENCHES = {
     "get-memory": download.memory,
     **{run.__name__: run for run in (scale.sizes, scale.revisions, scale.connections, scale.mounts)},
 }
+PROGRAMS = ("pinrange", "origin", "relay", "calls")
 QUICK = ("warm", "pages", "cold", "shared", "get")
 
 if __name__ == "__main__":

@@ -39,6 +39,12 @@ def ratio(cell, field, theirs, mine="pinrange"):
     return statistics.median(values), min(values), max(values)
 
 
+def quartiles(values):
+    """Median, first and third quartile."""
+    low, median, high = statistics.quantiles(values, method="inclusive")
+    return median, low, high
+
+
 def cost(size):
     """What CPU is counted by: a range, or a byte where ranges are long."""
     return "cpu_us_per_request" if size < MIB else "cpu_seconds_per_gb"
@@ -141,8 +147,9 @@ def page_goals(pages):
     if not row:
         yield unmeasured(what, goal)
         return
-    measured = f"{row['beside_cold_ratio']:.2f}; beside readers of warm pages {row['beside_warm_ratio']:.2f}"
-    yield what, goal, measured, verdict(row["beside_cold_ratio"], 2.0)
+    (cold, low, high), (warm, *_) = row["beside_cold_ratio"], row["beside_warm_ratio"]
+    measured = f"{cold:.2f} (quartiles {low:.2f} and {high:.2f}); beside readers of warm pages {warm:.2f}"
+    yield what, goal, measured, verdict(cold, 2.0)
 
 
 def cold_goals(cold):

@@ -54,13 +54,13 @@ def machine_seconds():
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def wrk(directory, server, length, connections, seconds, cores, seed=1, threads=1, span=None, alike=True):
-    """`span`: of the object's first bytes alone. `alike`: requests differ in nothing but their ranges."""
+def wrk(directory, server, length, connections, seconds, cores, seed=1, threads=1, span=None, alike=True, paced=False):
+    """`span`: of the object's first bytes alone. `alike`: requests differ in nothing but their ranges. `paced`: connections pause after each answer."""
     command = servers.on(
         cores,
         *[stack.program("wrk"), "-t", min(threads, connections), "-c", connections, "-d", f"{seconds}s", "--timeout", "30s"],
         *["-s", SCRIPT, f"http://127.0.0.1:{server.port}{server.path}"],
-        *["--", span or server.size, length, server.etag or "*", seed, *([] if alike else ["unlike"])],
+        *["--", span or server.size, length, server.etag or "*", seed, *([] if alike else ["unlike"]), *(["paced"] if paced else [])],
     )
     bystanders, before = Bystanders(), server.cpu()
     said, load_cpu = run(command)

@@ -2,21 +2,29 @@
 
 Two objects: a hot one, read by wrk, and a cold one, of which no range is read twice in a run. Each round has three runs: nobody else; readers of
 the cold object while it is in the page cache, which shows what sharing the server with them costs; the same readers after its pages were dropped.
+
+wrk's connections pause after each answer, so that neither core is full: of a closed loop, p99 is what the scheduler makes of two full cores, and differs
+tenfold between two quiet runs, while a worker that stands still for a moment hardly shows among all the answers of its other moments. The readers
+share wrk's core, so they drop what they receive and go last there.
 """
 
+import contextlib
 import os
 import random
 import statistics
 import threading
 import time
 
-from bench import load, servers
+from bench import cold, load, servers
+from bench.goals import quartiles
 from fleet import stack
 
 KIB, MIB = 1 << 10, 1 << 20
 HOT = "hot.bin"
 HOT_SIZE = 64 * MIB
 READERS = 4
+#: p99 scatters more than CPU does.
+ROUNDS, SECONDS = 7, 2
 #: Of each reader; a range every so many seconds.
 COLD_RANGE, EVERY = MIB, 0.02
 
@@ -27,7 +35,9 @@ def pages(options, directory):
         root = servers.make_object(directory, options.object * MIB)
         servers.make_object(directory, HOT_SIZE, HOT)
         origin = servers.Origin(processes, options.origin, root, options.load_cores)
-        for hot, cold, cold_files in (ours(options, processes, directory, origin), nginx(options, processes, root)):
+        makers = {"pinrange": lambda: ours(options, processes, directory, origin), "nginx": lambda: nginx(options, processes, root)}
+        made = [make() for name, make in makers.items() if name in options.competitors]
+        for hot, cold, cold_files in made:
             results.append(measure(options, directory, hot, cold, cold_files))
     return results
 
@@ -60,23 +70,27 @@ def measure(options, directory, hot, cold, cold_files):
         # What is not on the device yet cannot be dropped.
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
+    rounds, seconds = (max(2, options.rounds), options.seconds) if options.quick else (ROUNDS, SECONDS)
     runs = {"quiet": [], "beside_warm": [], "beside_cold": []}
     read = []
-    for number in range(options.rounds):
-        for kind, of_one in runs.items():
+    for number in range(rounds):
+        for kind in runs if number % 2 == 0 else reversed(runs):
             disk, begun = servers.disk_bytes_read(hot.process.pid), time.monotonic()
             with Readers(cold, cold_files, kind, number):
-                of_one.append(load.wrk(directory, hot, 64 * KIB, 16, options.seconds, options.load_cores, seed=number + 1))
+                run = load.wrk(directory, hot, 64 * KIB, 16, seconds, options.load_cores, seed=number + 1, paced=True)
+            runs[kind].append(run)
             if kind == "beside_cold":
                 read.append((servers.disk_bytes_read(hot.process.pid) - disk) / (time.monotonic() - begun))
     row = {"server": hot.name, "cold_bytes_per_second": statistics.median(read)}
     for kind, of_one in runs.items():
         row[f"{kind}_p99_us"] = statistics.median(run.p99_us for run in of_one)
         row[f"{kind}_p999_us"] = statistics.median(run.p999_us for run in of_one)
-    for kind in ("beside_warm", "beside_cold"):
-        row[f"{kind}_ratio"] = statistics.median(
-            run.p99_us / max(quiet.p99_us, 1) for run, quiet in zip(runs[kind], runs["quiet"])
-        )
+    for ratio, mine, other in (
+        ("beside_warm_ratio", "beside_warm", "quiet"),
+        ("beside_cold_ratio", "beside_cold", "quiet"),
+        ("cold_to_warm_ratio", "beside_cold", "beside_warm"),
+    ):
+        row[ratio] = quartiles([run.p99_us / max(beside.p99_us, 1) for run, beside in zip(runs[mine], runs[other])])
     print(row, flush=True)
     return row
 
@@ -88,8 +102,10 @@ class Readers:
         self.server, self.files, self.kind, self.seed = server, files, kind, seed
         self.stop = threading.Event()
         self.failures = []
-        self.starts = list(range(0, server.size - COLD_RANGE, COLD_RANGE))
-        random.Random(seed).shuffle(self.starts)
+        starts = list(range(0, server.size - COLD_RANGE, COLD_RANGE))
+        random.Random(seed).shuffle(starts)
+        #: For all threads together.
+        self.starts = iter(starts)
 
     def __enter__(self):
         number = 0 if self.kind == "quiet" else READERS
@@ -107,18 +123,21 @@ class Readers:
         for thread in self.threads:
             thread.join()
         if self.failures:
-            raise stack.Broken(self.failures[0])
+            raise self.failures[0]
 
     def read(self):
-        while not self.stop.wait(EVERY):
-            try:
-                start = self.starts.pop()
-            except IndexError:
-                return
-            status, _ = self.server.read(start, start + COLD_RANGE)
-            if status != 206:
-                self.failures.append(f"{self.server.name} answered {status} for a cold page")
-                return
+        # They are not to take the load's core from wrk.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        connection = cold.Connection(self.server)
+        with contextlib.closing(connection.connection):
+            for start in self.starts:
+                if self.stop.wait(EVERY):
+                    return
+                try:
+                    connection.first_byte(start, start + COLD_RANGE)
+                except stack.Broken as error:
+                    self.failures.append(error)
+                    return
 
 
 def drop(files):

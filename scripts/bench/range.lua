@@ -1,8 +1,9 @@
 -- wrk: random ranges of one object, each aligned to its own length and pinned by If-Match.
 --
---     wrk … -s range.lua URL -- SIZE LENGTH ETAG SEED [unlike]
+--     wrk … -s range.lua URL -- SIZE LENGTH ETAG SEED [unlike] [paced]
 --
 -- With "unlike", a field of its own tells each request from the others, as a signature does; else they differ in the range alone.
+-- With "paced", each connection waits for one to three milliseconds after an answer, and no core is ever busy with the load alone.
 --
 -- The requests are written before the clock runs: what the load costs is taken from the same cores as what it measures.
 
@@ -15,6 +16,13 @@ end
 
 function init(args)
     local size, length, etag, seed = tonumber(args[1]), tonumber(args[2]), args[3], tonumber(args[4])
+    local unlike
+    for index = 5, #args do
+        unlike = unlike or args[index] == "unlike"
+        if args[index] == "paced" then
+            delay = function() return math.random(1, 3) end
+        end
+    end
     math.randomseed(seed * 1000 + number)
     local stretches = math.max(1, math.floor(size / length))
     requests = {}
@@ -24,7 +32,7 @@ function init(args)
             ["Range"] = string.format("bytes=%d-%d", first, first + length - 1),
             ["If-Match"] = etag,
         }
-        if args[5] then
+        if unlike then
             fields["X-Turn"] = string.format("%d-%d-%06d", seed, number, index)
         end
         requests[index] = wrk.format("GET", nil, fields)

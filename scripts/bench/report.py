@@ -237,14 +237,17 @@ def pages_section(results, _):
         return ""
     rows = [
         (NAMES[row["server"]], milliseconds(row["quiet_p99_us"]), milliseconds(row["beside_warm_p99_us"]), milliseconds(row["beside_cold_p99_us"]),
-         f"{row['beside_warm_ratio']:.2f}", f"**{row['beside_cold_ratio']:.2f}**", f"{row['cold_bytes_per_second'] / 1e6:.0f}")
+         *(f"**{median:.2f}** ({low:.2f}–{high:.2f})" for median, low, high in
+           (row["beside_warm_ratio"], row["beside_cold_ratio"], row["cold_to_warm_ratio"])),
+         f"{row['cold_bytes_per_second'] / 1e6:.0f}")
         for row in pages
     ]  # fmt: skip
-    heads = ("server", "p99 quiet", "beside warm readers", "beside cold readers", "warm ÷ quiet", "cold ÷ quiet", "MB/s from the disk")
+    heads = ("server", "p99 quiet", "beside warm readers", "beside cold readers", "warm ÷ quiet", "cold ÷ quiet", "cold ÷ warm", "MB/s from the disk")
     return paragraphs(
         "## Cold pages",
-        "p99 of 64 KiB ranges of a hot object on 16 connections, one worker thread: alone; beside four readers of 1 MiB ranges of another object, 50 a second each, "
-        "that is in the page cache; and beside the same readers when its pages were dropped before.",
+        "p99 of 64 KiB ranges of a hot object on 16 connections that pause for one to three milliseconds after each answer, one worker thread: alone; beside four readers "
+        "of 1 MiB ranges of another object, 50 a second each, that is in the page cache; and beside the same readers when its pages were dropped before. Ratios are "
+        "medians of the rounds, with quartiles.",
         table(heads, rows),
     )
 

@@ -77,6 +77,12 @@ class Goals(unittest.TestCase):
         with_calls["servers"]["calls"] = [run(rate=5000, p99=1, cpu=1)]
         self.assertEqual(goals.goals({"warm": {"result": warm(with_calls)}}), goals.goals({"warm": {"result": warm(rivals)}}))
 
+    def test_of_cold_pages_the_median_counts_and_its_quartiles_are_said(self):
+        row = {"server": "pinrange", "beside_warm_ratio": goals.quartiles([1, 1]), "beside_cold_ratio": goals.quartiles([1, 9, 1.5, 1.8, 2.5])}
+        _, _, measured, verdict = said({"pages": {"result": [row]}}, "hot p99")
+        self.assertIn("1.80 (quartiles 1.50 and 2.50)", measured)
+        self.assertEqual(verdict, "met")
+
     def test_what_was_not_measured_is_said_to_be_so(self):
         rows = goals.goals({})
         self.assertTrue(all(measured == "not measured" for _, _, measured, _ in rows))
