@@ -25,7 +25,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 
 const COPIED: usize = 4 << 10;
-const JOINED: u64 = 128 << 10;
+const JOINED: u64 = 64 << 10;
 const SLICE: u64 = 1 << 20;
 const BURST: u64 = 4 << 20;
 const UNSENT: u32 = 1 << 20;

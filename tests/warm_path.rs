@@ -82,8 +82,8 @@ async fn a_warm_pinned_range_is_one_write_and_sendfile_and_a_short_one_a_read_an
         (1, Way::Copied),
         (4 << 10, Way::Copied),
         ((4 << 10) + 1, Way::Joined),
-        (128 << 10, Way::Joined),
-        ((128 << 10) + 1, Way::Sent),
+        (64 << 10, Way::Joined),
+        ((64 << 10) + 1, Way::Sent),
         (SIZE - FIRST, Way::Sent),
     ];
     // The first request of a connection, and one that is answered without being read (ADR 23).

@@ -23,7 +23,7 @@
 //!
 //! ```text
 //!   up to 4 KiB, in the page cache     preadv2 into a buffer on the stack ─▶ one writev of head and payload
-//!   up to 128 KiB, in the page cache   sendmsg(head, MSG_MORE) ─▶ sendfile: one segment less, one wake-up of the client
+//!   up to 64 KiB, in the page cache    sendmsg(head, MSG_MORE) ─▶ sendfile: one segment less, one wake-up of the client
 //!   longer, or on the disk             writev(head) at once ─▶ sendfile, a slice at a time
 //! ```
 //!
@@ -82,9 +82,9 @@ const SLICE: u64 = 1 << 20;
 /// The longest extent that is copied: one that costs less than the sendfile it saves. At twice the length it does not.
 const COPIED: usize = 4 << 10;
 
-/// The longest extent that what stands in front of it waits for in the socket: a segment of its own is worth less and less of
-/// the time that the extent takes, and the client could have the head sooner.
-const JOINED: u64 = 128 << 10;
+/// The longest extent that what stands in front of it waits for in the socket. From 96 KiB on it costs more than it
+/// saves (ADR 18).
+const JOINED: u64 = 64 << 10;
 
 /// Most slices that are written together with a copied extent: a head, and the ends of answers before it.
 const FEW: usize = 4;
