@@ -440,3 +440,26 @@ async fn who_does_not_ask_or_does_not_finish_asking_is_closed() {
         assert!(rest.is_empty(), "{}", rest.escape_ascii());
     }
 }
+
+/// Half a head behind a whole one has reached us with that: it is not waited for as long as one that has not begun.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_begins_a_head_behind_another_has_to_finish_it_too() {
+    let world = World::with(&[
+        ("PINRANGE_SERVER__HEADER_TIMEOUT", "1s"),
+        ("PINRANGE_SERVER__IDLE_TIMEOUT", "1h"),
+    ])
+    .await;
+    let whole = "HEAD /m/object HTTP/1.1\r\nHost: test\r\n\r\n";
+    for wholes in [1, 3] {
+        let mut stream = BufReader::new(http::connect(world.address()));
+        let some = format!("{}GET /m/obj", whole.repeat(wholes));
+        stream.get_mut().write_all(some.as_bytes()).unwrap();
+        for _ in 0..wholes {
+            let answer = http::read(&mut stream, true).unwrap();
+            assert_eq!(answer.unwrap().status, 200);
+        }
+        // An end, and not the error that too long a wait for it is.
+        let end = http::read(&mut stream, false).unwrap();
+        assert!(end.is_none(), "{end:?}");
+    }
+}

@@ -35,6 +35,7 @@
 //!   (start) ─► Idle: idle_timeout ── first byte ──► Head: header_timeout
 //!                 ▲                                        │ head complete: hyper stops reading
 //!                 └── any byte of a response goes out ─────┘ and waits for the handler
+//!                     (to Head, where hyper has the beginning of another one already)
 //!
 //!   a write waits for the client: it may be progress_timeout behind `min_rate` (see `Credit`)
 //! ```
@@ -568,12 +569,17 @@ impl SendfileIo {
         let _ = tokio::time::timeout(LINGER, drained).await;
     }
 
-    /// Bytes went out: the client is alive, and if it was sending a head, that was complete.
+    /// Bytes went out: the client is alive, and if it was sending a head, that was complete. It may have begun another behind
+    /// it, which hyper has already.
     fn wrote(&mut self, sent: usize) {
         self.burst += sent as u64;
         self.credit.renew(sent, &self.timeouts);
         self.read_wait.stop();
-        self.expecting = Expecting::Next;
+        self.expecting = if self.heads.end_in_head() {
+            Expecting::RestOfHead
+        } else {
+            Expecting::Next
+        };
         self.busy();
     }
 
