@@ -3,6 +3,7 @@
 //! `tests/malformed.rs` throws thousands of odd requests and asks that nothing breaks. Here every attack has its name and
 //! its one right answer: requests whose end two servers may see in two places, names that point elsewhere, sets of ranges
 //! that cost more than they ask for, pipelines that nobody reads, and more connections than there are places.
+//! One is S3's.
 #![expect(
     clippy::unwrap_used,
     reason = "the lint's exemption for tests does not see a test crate's helpers"
@@ -15,6 +16,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use pinrange::strict_s3::{Options, PutOptions, StrictS3};
+use rustix::process::Signal;
 
 use support::http::{self, Answer};
 use support::process;
@@ -462,4 +464,36 @@ async fn who_begins_a_head_behind_another_has_to_finish_it_too() {
         let end = http::read(&mut stream, false).unwrap();
         assert!(end.is_none(), "{end:?}");
     }
+}
+
+/// S3 gives one `ETag` to two objects: an answer that says whose fault it is, and for each a line that says what it did.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_s3_that_gives_one_tag_to_two_objects_is_told_of() {
+    let mut world = World::with(&[("PINRANGE_MOUNT__0__FRESH_FOR", "0s")]).await;
+    let answer = http::get(world.address(), "/m/object", "");
+    assert_eq!(answer.body, alphabet());
+    let options = PutOptions {
+        etag: Some(answer.field("etag").to_owned()),
+        ..PutOptions::default()
+    };
+    world
+        .s3
+        .put("bucket", "object", "another", options)
+        .unwrap();
+    for range in ["", "Range: bytes=2000-\r\n"] {
+        let answer = http::get(world.address(), "/m/object", range);
+        assert_eq!(answer.status, 502);
+        assert_eq!(answer.field("content-type"), "application/problem+json");
+    }
+    world.serving.process.signal(Signal::TERM);
+    world.serving.process.wait();
+    let log = world.serving.process.stderr();
+    let told: Vec<_> = log
+        .lines()
+        .filter(|line| line.contains("has 7 bytes, and said 2600 before"))
+        .collect();
+    assert_eq!(told.len(), 2, "{log}");
+    let all = |what: &str| told.iter().all(|line| line.contains(what));
+    assert!(all("path=\"/m/object\"") && all("purge the key"), "{log}");
+    assert!(!log.contains("panicked"), "{log}");
 }

@@ -171,6 +171,11 @@ pub(super) struct StoredRevision {
 }
 
 impl StoredRevision {
+    /// No byte of it is held, of those that it has.
+    pub(super) fn is_bare(&self) -> bool {
+        self.segments.is_empty() && self.representation.size > 0
+    }
+
     pub(super) fn geometry(&self) -> Geometry {
         Geometry {
             size: self.representation.size,
@@ -646,14 +651,18 @@ impl Db {
     }
 
     /// Records the revision, or the newest headers of the one that is there, and returns it. A
-    /// stored one that was cut up differently or has another size is replaced; its segments are in
-    /// the second value, to be unlinked.
+    /// stored one that was cut up differently, or has another size and no bytes, is replaced; its segments are in
+    /// the second value, to be unlinked. `replace`: memory knows that it has no bytes.
+    ///
+    /// # Errors
+    /// [`DiskError::TwoLengths`]: it has another size, and bytes.
     pub(super) fn admit(
         &mut self,
         key: &ObjectKey,
         representation: &Representation,
         segment_size: u64,
         block_size: u64,
+        replace: bool,
     ) -> Result<(StoredRevision, Vec<(u128, u64)>), DiskError> {
         let revision = Revision {
             key: key.clone(),
@@ -670,7 +679,15 @@ impl Db {
                         update_representation(tx, stored.id, representation)?;
                         stored.representation = representation.clone();
                     }
-                    return Ok((stored, replaced));
+                    return Ok(Ok((stored, replaced)));
+                }
+                let held = stored.representation.size;
+                if !replace
+                    && stored.block_size == block_size
+                    && held != representation.size
+                    && !stored.is_bare()
+                {
+                    return Ok(Err(held));
                 }
                 replaced.extend(
                     stored
@@ -703,7 +720,11 @@ impl Db {
                 block_size,
                 segments: Vec::new(),
             };
-            Ok((stored, replaced))
+            Ok(Ok((stored, replaced)))
+        })?
+        .map_err(|held| DiskError::TwoLengths {
+            held,
+            given: representation.size,
         })
     }
 

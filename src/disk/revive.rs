@@ -391,9 +391,11 @@ pub(super) fn is_mistake(error: &DiskError) -> bool {
                 | io::ErrorKind::InvalidInput
                 | io::ErrorKind::InvalidFilename
         ),
-        DiskError::NoRoom | DiskError::Purged | DiskError::Catalog(_) | DiskError::Hangs { .. } => {
-            false
-        }
+        DiskError::NoRoom
+        | DiskError::TwoLengths { .. }
+        | DiskError::Purged
+        | DiskError::Catalog(_)
+        | DiskError::Hangs { .. } => false,
     }
 }
 

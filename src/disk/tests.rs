@@ -1134,20 +1134,41 @@ async fn headers_and_what_was_current_are_kept() {
 }
 
 #[tokio::test]
-async fn one_validator_for_two_lengths_keeps_the_newer() {
+async fn one_validator_for_two_lengths_keeps_what_is_held() {
     let dir = tempfile::tempdir().unwrap();
     let tier = open(dir.path());
     let held = put(&tier, "x", SEGMENT).await;
-    let other = admit(&tier, "x", 2 * SEGMENT).await;
-    assert!(held.is_doomed());
-    assert_eq!(
-        other.first_missing(range(0, 2 * SEGMENT)),
-        Some(range(0, 2 * SEGMENT))
-    );
+    let refuses = async |tier: &DiskTier| {
+        let longer = representation("a", 2 * SEGMENT);
+        let error = tier.admit(&key("x"), &longer).await.err();
+        matches!(error, Some(DiskError::TwoLengths { held: SEGMENT, given }) if given == longer.size)
+    };
+    assert!(refuses(&tier).await);
+    assert!(!held.is_doomed());
     tier.flush().await.unwrap();
-    assert_eq!(rows(dir.path(), "segments"), 0);
     drop(held);
-    assert_eq!(tier.stats().used_bytes, 0);
+    tier.close().await.unwrap();
+    // What only the catalog knows, too.
+    let tier = open(dir.path());
+    assert!(refuses(&tier).await);
+    let held = tier.load(&revision("x", "a")).await.unwrap();
+    held.open_at(0).await;
+    assert_eq!(held.first_missing(range(0, SEGMENT)), None);
+}
+
+#[tokio::test]
+async fn one_validator_for_two_lengths_keeps_the_newer_where_nothing_is_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let bare = admit(&tier, "x", SEGMENT).await;
+    let longer = admit(&tier, "x", 2 * SEGMENT).await;
+    assert!(bare.is_doomed());
+    assert_eq!(longer.size(), 2 * SEGMENT);
+    drop((bare, longer));
+    tier.close().await.unwrap();
+    // What only the catalog knows, too.
+    let tier = open(dir.path());
+    assert_eq!(admit(&tier, "x", SEGMENT).await.size(), SEGMENT);
 }
 
 /// Holds `fdatasync` back until the test opens the gate, and can make it fail.

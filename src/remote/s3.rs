@@ -308,14 +308,8 @@ impl S3Remote {
         if let Some(size) = guard.size
             && size != representation.size
         {
-            return Err(protocol(
-                OP,
-                format!(
-                    "{:?} had {size} bytes and is said to have {}",
-                    guard.validator, representation.size
-                ),
-            )
-            .into());
+            let said = representation.size;
+            return Err(RemoteError::two_lengths(OP, &guard.validator, size, said).into());
         }
         let body = exact_body(body, range.len(), self.stall_timeout, OP);
         Ok(RemoteRead {
@@ -383,8 +377,8 @@ impl S3Remote {
         if let Some(size) = guard.size
             && size != representation.size
         {
-            let detail = format!("{size} bytes are now {}", representation.size);
-            return Err(protocol(OP, detail).into());
+            let said = representation.size;
+            return Err(RemoteError::two_lengths(OP, &guard.validator, size, said).into());
         }
         Ok(head.checksums(&guard.validator))
     }

@@ -328,7 +328,9 @@ impl Tiers {
             // It may be one that was held before: its bytes need not be fetched again.
             current_held = self.held(&target.revision(&representation)).await;
         }
-        current_held = current_held.filter(|held| renew(held, &representation));
+        if let Some(held) = &current_held {
+            renew(held, &representation)?;
+        }
         if let Some(read) = read {
             let source = target.source(
                 representation.validator.clone(),

@@ -22,7 +22,7 @@ fn commits_bound_the_catalogs_log_by_themselves() {
     for count in 0..2000 {
         let name = key(&format!("object {count}"));
         let (stored, _) = db
-            .admit(&name, &representation("a", 8), SEGMENT, BLOCK)
+            .admit(&name, &representation("a", 8), SEGMENT, BLOCK, false)
             .unwrap();
         db.set_whole(stored.id, &Whole::None).unwrap();
         longest = longest.max(log_of(dir.path()));
