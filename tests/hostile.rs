@@ -176,6 +176,29 @@ async fn a_request_whose_end_is_in_doubt_is_the_last_of_its_connection() {
     assert!(!world.was_asked_for_the_secret());
 }
 
+/// RFC 9112 §9.3: who is told that the connection ends is not told that it stays as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_client_is_told_one_thing_of_its_connection() {
+    let world = World::start().await;
+    for (fields, said) in [
+        ("", ""),
+        ("Connection: close\r\n", ""),
+        ("Connection: keep-alive\r\n", "keep-alive"),
+        ("Connection: keep-alive\r\nContent-Length: 1\r\n", "close"),
+        ("Content-Length: 1\r\n", "close"),
+    ] {
+        let request = format!("GET /m/object HTTP/1.0\r\n{fields}\r\nx");
+        let mut stream = BufReader::new(http::connect(world.address()));
+        stream.get_mut().write_all(request.as_bytes()).unwrap();
+        let answer = http::read(&mut stream, false).unwrap().unwrap();
+        assert_eq!(answer.status, 200, "{fields:?}");
+        assert_eq!(answer.field("connection"), said, "{fields:?}");
+        if said != "keep-alive" {
+            assert!(http::read(&mut stream, false).unwrap().is_none());
+        }
+    }
+}
+
 /// What names the object, what names nothing, and what is refused.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_target_has_one_meaning() {

@@ -42,7 +42,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use http::header::{CONNECTION, HeaderValue};
-use http::{Request, Response};
+use http::{Request, Response, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -306,12 +306,18 @@ impl<H: Handler> Serving<H> {
         let ending = &self.ending;
         let service = service_fn(move |request: Request<Incoming>| {
             has_content.store(!request.body().is_end_stream(), Ordering::Relaxed);
+            let version = request.version();
             // Not an async block, which would hold the handler's future twice.
-            handler.handle(request, conn).map(|mut response| {
+            handler.handle(request, conn).map(move |mut response| {
                 if ending.is_announced() {
                     // hyper closes the connection behind it.
                     let close = HeaderValue::from_static("close");
                     response.headers_mut().insert(CONNECTION, close);
+                }
+                if version == Version::HTTP_10 && response.headers().contains_key(CONNECTION) {
+                    // It says `close`, here and nowhere else. To a later version's answer hyper adds that the connection is
+                    // kept, for who asked for that; but who is told both is told that it ends (RFC 9112 §9.3).
+                    *response.version_mut() = version;
                 }
                 Ok::<_, Infallible>(response)
             })
