@@ -520,3 +520,31 @@ async fn an_s3_that_gives_one_tag_to_two_objects_is_told_of() {
     assert!(all("path=\"/m/object\"") && all("purge the key"), "{log}");
     assert!(!log.contains("panicked"), "{log}");
 }
+
+/// Places that are taken again and again are no reason for a line each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_that_comes_and_goes_is_told_of_once() {
+    let mut world = World::with(&[("PINRANGE_SERVER__MAX_CONNECTIONS", "1")]).await;
+    let ask = || {
+        let mut stream = BufReader::new(http::connect(world.address()));
+        let request = b"HEAD /m/object HTTP/1.1\r\nHost: test\r\n\r\n";
+        stream.get_mut().write_all(request).unwrap();
+        let answer = http::read(&mut stream, true).unwrap();
+        assert_eq!(answer.unwrap().status, 200);
+        stream
+    };
+    for _ in 0..2 {
+        // The second has to wait until the first is taken for idle; the first of the next time has not.
+        let first = ask();
+        let second = ask();
+        drop(first);
+        let mut second = second.into_inner();
+        second.shutdown(Shutdown::Write).unwrap();
+        second.read_to_end(&mut Vec::new()).unwrap();
+    }
+    world.serving.process.signal(Signal::TERM);
+    world.serving.process.wait();
+    let log = world.serving.process.stderr();
+    assert_eq!(log.matches("all connections are taken").count(), 1, "{log}");
+    assert!(log.contains("limit=1 waited=1"), "{log}");
+}
