@@ -79,9 +79,10 @@ use super::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TR
 use crate::object::{Checksum, ChecksumAlgorithm, Representation, Validator};
 use crate::semantics::{ByteRange, RangeSpec};
 
-/// Log directives for the SDK: its credential chain dumps each provider's failure, though what comes of them is in
-/// our own [`RemoteError`], which is logged once.
-pub const QUIET: &str = "aws_config=off";
+/// Log directives for the SDK: its credential chain dumps each provider's failure, and its runtime has an error for each answer
+/// of S3 that another try may mend (there is no connection of its own that it could close), though what comes of them is
+/// in our own [`RemoteError`], which is logged once.
+pub const QUIET: &str = "aws_config=off,aws_smithy_runtime=off";
 
 /// Longest key that S3 takes, in bytes; a longer one names nothing.
 const MAX_KEY: usize = 1024;
