@@ -132,7 +132,11 @@ pub(super) const LOG_MOVED_FROM: u64 = if cfg!(test) { 64 << 10 } else { 2 << 20
 /// Pages of the log, of 4 KiB, from which a commit moves it itself before the catalog's lock is given up. Moving beside
 /// commits never ends while they keep coming: SQLite begins a log anew only once all of it has been moved, and
 /// each commit meanwhile adds to it. Most of it has been moved by then, so this one is short.
-pub(super) const LOG_PAGES: u32 = 2048;
+const LOG_PAGES: u32 = 2048;
+
+/// The longest that the log gets, in bytes: what makes a commit move it, and the transaction that was one too many, which
+/// has some hundred pages at most. Each page has a head of 24 bytes there.
+pub(super) const LONGEST_LOG: u64 = (LOG_PAGES as u64 + 512) * (4096 + 24);
 
 /// How long a connection waits for another one of this process. Only a checkpoint can be in the way, and briefly.
 const BUSY: Duration = Duration::from_secs(5);
