@@ -675,7 +675,7 @@ fn disk_registry(stats: &DiskStats) -> Registry {
     );
     registry.register(
         "swept_revisions",
-        "Revisions taken out of the catalog because an earlier run left no byte of them",
+        "Revisions taken out of the catalog because an earlier run left no byte of them, or too many empty ones",
         ConstCounter::new(stats.swept.revisions),
     );
     registry.register(

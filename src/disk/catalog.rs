@@ -192,9 +192,12 @@ impl StoredRevision {
 /// A stretch of `revisions` that was searched for some of which no byte is held.
 #[derive(Debug)]
 pub(super) struct Searched {
-    /// The id to go on after.
-    pub(super) last: i64,
+    /// The id to go on before.
+    pub(super) first: i64,
+    /// Of which there are bytes to be held.
     pub(super) bare: Vec<(i64, Revision)>,
+    /// Of which there are none, newest first.
+    pub(super) empty: Vec<(i64, Revision)>,
 }
 
 /// Names a row of `segments`.
@@ -1068,30 +1071,29 @@ impl Reader {
         })
     }
 
-    /// Looks at up to `limit` revisions after `after` and up to `up_to` for some of which no byte
-    /// is held; empty objects are held without one and do not count. `None`: no revisions are left.
-    pub(super) fn bare_revisions(
+    /// Looks at the last `limit` revisions up to `up_to` for some of which no byte is held. `None`: no revisions are left.
+    pub(super) fn without_bytes(
         &self,
-        after: i64,
         up_to: i64,
         limit: u32,
     ) -> Result<Option<Searched>, DiskError> {
         self.read(|connection| {
             let mut statement = connection.prepare_cached(
-                "SELECT size > 0 AND NOT EXISTS (SELECT 1 FROM segments WHERE revision = id),
+                "SELECT NOT EXISTS (SELECT 1 FROM segments WHERE revision = id), size > 0,
                     id, store, key, validator
-                 FROM revisions WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
+                 FROM revisions WHERE id <= ?1 ORDER BY id DESC LIMIT ?2",
             )?;
-            let mut rows = statement.query(params![after, up_to, limit])?;
-            let (mut last, mut bare) = (None, Vec::new());
+            let mut rows = statement.query(params![up_to, limit])?;
+            let (mut first, mut bare, mut empty) = (None, Vec::new(), Vec::new());
             while let Some(row) = rows.next()? {
-                let id = row.get(1)?;
-                last = Some(id);
+                let id = row.get(2)?;
+                first = Some(id);
                 if row.get(0)? {
-                    bare.push((id, revision_at(row, 2)?));
+                    let found = if row.get(1)? { &mut bare } else { &mut empty };
+                    found.push((id, revision_at(row, 3)?));
                 }
             }
-            Ok(last.map(|last| Searched { last, bare }))
+            Ok(first.map(|first| Searched { first, bare, empty }))
         })
     }
 

@@ -237,7 +237,7 @@ pub struct Swept {
     pub bytes: u64,
     /// Rows of segments whose file was gone.
     pub rows: u64,
-    /// Revisions of which no byte was held.
+    /// Revisions of which no byte was held, and empty ones beyond those that may be.
     pub revisions: u64,
 }
 

@@ -243,6 +243,52 @@ async fn an_empty_object_is_held_without_a_segment() {
     assert_eq!(held.representation().size, 0);
 }
 
+/// Nothing evicts what takes no room, so memory and the next start bound it.
+#[tokio::test]
+async fn empty_objects_do_not_pile_up_in_the_catalog() {
+    const IN_MEMORY: usize = 8;
+    let dir = tempfile::tempdir().unwrap();
+    let open_knowing = |revisions_in_memory| {
+        let seams = Seams {
+            revisions_in_memory,
+            ..Seams::default()
+        };
+        DiskTier::open_with(config(dir.path()), seams).unwrap()
+    };
+    // In a run, the least recently used.
+    let tier = open_knowing(IN_MEMORY);
+    for count in 0..100 {
+        admit(&tier, &format!("first {count}"), 0).await;
+        assert!(tier.load(&revision("first 0", "a")).await.is_some());
+    }
+    tier.flush().await.unwrap();
+    let held = rows(dir.path(), "revisions");
+    assert!(held <= IN_MEMORY as i64, "{held}");
+    tier.close().await.unwrap();
+
+    // From run to run, those that came first.
+    let tier = open_knowing(1000);
+    wait_for_sweep(&tier);
+    for count in 0..300 {
+        admit(&tier, &format!("second {count}"), 0).await;
+    }
+    put(&tier, "x", BLOCK).await;
+    tier.close().await.unwrap();
+    let tier = open_knowing(IN_MEMORY);
+    wait_for_sweep(&tier);
+    assert_eq!(rows(dir.path(), "revisions"), IN_MEMORY as i64 + 1);
+    for (name, is_held) in [
+        ("first 0", false),
+        ("second 291", false),
+        ("second 292", true),
+        ("second 299", true),
+        ("x", true),
+    ] {
+        let held = tier.load(&revision(name, "a")).await;
+        assert_eq!(held.is_some(), is_held, "{name}");
+    }
+}
+
 #[tokio::test]
 async fn a_second_open_is_told_who_holds_the_directory() {
     let dir = tempfile::tempdir().unwrap();

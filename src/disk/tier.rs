@@ -848,6 +848,11 @@ impl Shared {
         Some(held)
     }
 
+    /// How many revisions memory knows at most, unless more are in use.
+    pub(super) fn revisions_in_memory(&self) -> usize {
+        self.revisions.lock().limit
+    }
+
     /// Empties memory, and returns what was in it.
     pub(super) fn forget_all(&self) -> Vec<Arc<HeldRevision>> {
         let by_name = std::mem::take(&mut self.revisions.lock().by_name);
