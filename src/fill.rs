@@ -394,7 +394,9 @@ impl Filler {
                     arrived = self.arrived_of(source);
                 }
                 let held = held.or(arrived.as_deref());
-                let size = size.or(held.map(HeldRevision::size)).unwrap_or(u64::MAX);
+                let size = size
+                    .or_else(|| held.map(HeldRevision::size))
+                    .unwrap_or(u64::MAX);
                 Wanted {
                     filler: self,
                     held,

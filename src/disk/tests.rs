@@ -246,11 +246,11 @@ async fn an_empty_object_is_held_without_a_segment() {
 /// Nothing evicts what takes no room, so memory and the next start bound it.
 #[tokio::test]
 async fn empty_objects_do_not_pile_up_in_the_catalog() {
-    const IN_MEMORY: usize = 8;
+    const IN_MEMORY: i64 = 8;
     let dir = tempfile::tempdir().unwrap();
-    let open_knowing = |revisions_in_memory| {
+    let open_knowing = |revisions: i64| {
         let seams = Seams {
-            revisions_in_memory,
+            revisions_in_memory: usize::try_from(revisions).unwrap(),
             ..Seams::default()
         };
         DiskTier::open_with(config(dir.path()), seams).unwrap()
@@ -263,7 +263,7 @@ async fn empty_objects_do_not_pile_up_in_the_catalog() {
     }
     tier.flush().await.unwrap();
     let held = rows(dir.path(), "revisions");
-    assert!(held <= IN_MEMORY as i64, "{held}");
+    assert!(held <= IN_MEMORY, "{held}");
     tier.close().await.unwrap();
 
     // From run to run, those that came first.
@@ -276,7 +276,7 @@ async fn empty_objects_do_not_pile_up_in_the_catalog() {
     tier.close().await.unwrap();
     let tier = open_knowing(IN_MEMORY);
     wait_for_sweep(&tier);
-    assert_eq!(rows(dir.path(), "revisions"), IN_MEMORY as i64 + 1);
+    assert_eq!(rows(dir.path(), "revisions"), IN_MEMORY + 1);
     for (name, is_held) in [
         ("first 0", false),
         ("second 291", false),

@@ -359,7 +359,7 @@ mod tests {
     /// none.
     fn rest_of_head(mut bytes: &[u8]) -> Option<&[u8]> {
         loop {
-            while let Some(rest) = bytes.strip_prefix(b"\r\n").or(bytes.strip_prefix(b"\n")) {
+            while let [b'\r', b'\n', rest @ ..] | [b'\n', rest @ ..] = bytes {
                 bytes = rest;
             }
             let mut fields = [httparse::EMPTY_HEADER; 16];
