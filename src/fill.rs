@@ -100,8 +100,12 @@ impl FillSource {
                 .known
                 .as_ref()
                 .and_then(|known| known.version_id.clone()),
-            size: self.known.as_ref().map(|known| known.size),
+            size: self.size(),
         }
+    }
+
+    fn size(&self) -> Option<u64> {
+        self.known.as_ref().map(|known| known.size)
     }
 }
 
@@ -160,6 +164,21 @@ pub struct Answered {
     view: Arc<WriterView>,
 }
 
+impl Answered {
+    /// Refuses what is of another object than the one of `size` bytes.
+    fn of_size(&self, size: Option<u64>) -> Result<&Self, FillError> {
+        let now = self.held.size();
+        match size {
+            Some(size) if size != now => {
+                let validator = &self.held.revision().validator;
+                let error = RemoteError::two_lengths("read", validator, size, now);
+                Err(FillError::Remote(error))
+            }
+            Some(_) | None => Ok(self),
+        }
+    }
+}
+
 struct Flight {
     span: Span,
     /// Its receivers are the followers. They are added only under the lock of the map.
@@ -182,6 +201,7 @@ impl InFlight for Flight {
         Follow {
             phase: self.phase.subscribe(),
             flight: Arc::clone(self),
+            size: None,
             collapsed,
         }
     }
@@ -199,6 +219,8 @@ impl InFlight for Flight {
 pub struct Follow {
     flight: Arc<Flight>,
     phase: watch::Receiver<Phase>,
+    /// Length of the object that the reader has begun with: another's bytes are none of its. `None`: it takes any.
+    size: Option<u64>,
     /// Whether this flight was already under way when it was joined.
     pub collapsed: bool,
 }
@@ -238,7 +260,9 @@ impl Follow {
             .await
             .map_err(|_closed| FillError::Stopped)?;
         match &*phase {
-            Phase::Answered(answered) | Phase::Done(answered) => Ok(answered.clone()),
+            Phase::Answered(answered) | Phase::Done(answered) => {
+                answered.of_size(self.size).cloned()
+            }
             Phase::Failed(error) => Err(error.clone()),
             Phase::Asked => unreachable!("that is what was waited for"),
         }
@@ -252,7 +276,7 @@ impl Follow {
             match &*self.phase.borrow_and_update() {
                 Phase::Asked => {}
                 Phase::Answered(answered) => {
-                    if let Some(extent) = answered.view.extent(range) {
+                    if let Some(extent) = answered.of_size(self.size)?.view.extent(range) {
                         return Ok(Some(extent));
                     }
                 }
@@ -358,22 +382,21 @@ impl Filler {
         want: Span,
         most: usize,
     ) -> Vec<Follow> {
+        let size = source.size();
         let held = held.filter(|held| !held.is_doomed());
         let mut arrived = None;
-        self.flights.join(
+        let mut follows = self.flights.join(
             &source.revision,
             want.start,
             most,
             || {
                 if held.is_none() {
-                    arrived = self.arrived(&source.revision);
+                    arrived = self.arrived_of(source);
                 }
                 let held = held.or(arrived.as_deref());
-                let size = match (&source.known, held) {
-                    (Some(known), _) => known.size,
-                    (None, Some(held)) => held.representation().size,
-                    (None, None) => u64::MAX,
-                };
+                let size = size
+                    .or_else(|| held.map(HeldRevision::size))
+                    .unwrap_or(u64::MAX);
                 Wanted {
                     filler: self,
                     held,
@@ -382,7 +405,11 @@ impl Filler {
                 }
             },
             |span| self.launch(source.clone(), span, None),
-        )
+        );
+        for follow in &mut follows {
+            follow.size = size;
+        }
+        follows
     }
 
     /// The revision, if the tier's memory knows it.
@@ -391,6 +418,13 @@ impl Filler {
             Lookup::Held(held) => Some(held),
             Lookup::Unknown => None,
         }
+    }
+
+    /// The same, unless it has another length than it is known to have: then one validator names two objects, and a guarded
+    /// read will say so.
+    pub fn arrived_of(&self, source: &FillSource) -> Option<Arc<HeldRevision>> {
+        self.arrived(&source.revision)
+            .filter(|held| source.size().is_none_or(|size| held.size() == size))
     }
 
     /// Changes with every purge: what was asked for in one era is not kept in the next.
@@ -423,7 +457,7 @@ impl Filler {
             return None;
         }
         let on_disk = || {
-            self.arrived(&source.revision).is_some_and(|held| {
+            self.arrived_of(source).is_some_and(|held| {
                 ByteRange::from_bounds(span.start, span.end)
                     .is_some_and(|range| held.first_missing(range) != Some(range))
             })
@@ -687,7 +721,13 @@ impl Task {
                 self.flight.purged.load(Ordering::Acquire)
             })
             .await
-            .map_err(disk)?
+            .map_err(|error| match error {
+                DiskError::TwoLengths { held, given } => {
+                    let validator = &representation.validator;
+                    FillError::Remote(RemoteError::two_lengths("read", validator, held, given))
+                }
+                error => disk(error),
+            })?
             .ok_or_else(FillError::purged)?;
         let span = self.flight.span;
         let range = ByteRange::from_bounds(span.start, span.end.min(representation.size))

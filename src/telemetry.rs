@@ -103,8 +103,15 @@ pub enum InitError {
 }
 
 /// What [`LOG_VARIABLE`] says, or what is wrong with it and how to write it.
+///
+/// Libraries that say what we report ourselves are heard only where it names them: to the embedded S3 every missing
+/// key is an error, and see [`QUIET`].
 pub(crate) fn parse_filter(value: &str) -> Result<EnvFilter, String> {
-    EnvFilter::try_new(value).map_err(|error| {
+    let parsed = EnvFilter::try_new(value).and_then(|_sound| {
+        // Of two directives for one target the later one counts, whatever it says.
+        EnvFilter::try_new(format!("s3s=off,{QUIET},{value}"))
+    });
+    parsed.map_err(|error| {
         format!(
             "{value:?} is not a log filter ({error}); write it like info or pinrange=debug,warn"
         )
@@ -117,8 +124,7 @@ pub(crate) fn parse_filter(value: &str) -> Result<EnvFilter, String> {
 pub struct Log(#[expect(dead_code, reason = "held to its end")] WorkerGuard);
 
 /// Sends this process's log to stderr, filtered by what [`LOG_VARIABLE`] says or, where it says nothing, by the level
-/// `default`, without what libraries say of things that we report ourselves: to the embedded S3's every missing
-/// key is an error, and see [`QUIET`].
+/// `default`, without what libraries say of things that we report ourselves.
 ///
 /// A thread of its own writes it: a pipe whose reader stalls holds up nothing but the log. Beyond [`WAITING_LINES`] lines are
 /// dropped and counted (`pinrange_log_lines_dropped_total`).
@@ -129,7 +135,7 @@ pub fn init(format: LogFormat, default: &str) -> Result<Log, InitError> {
     let variable = std::env::var_os(LOG_VARIABLE).filter(|value| !value.is_empty());
     // What is not UTF-8 becomes a filter that cannot be read, and is refused as one.
     let value = variable.map_or_else(
-        || format!("{default},s3s=off,{QUIET}"),
+        || default.into(),
         |value| value.to_string_lossy().into_owned(),
     );
     let filter = parse_filter(&value).map_err(InitError::Filter)?;
@@ -669,7 +675,7 @@ fn disk_registry(stats: &DiskStats) -> Registry {
     );
     registry.register(
         "swept_revisions",
-        "Revisions taken out of the catalog because an earlier run left no byte of them",
+        "Revisions taken out of the catalog because an earlier run left no byte of them, or too many empty ones",
         ConstCounter::new(stats.swept.revisions),
     );
     registry.register(

@@ -524,7 +524,9 @@ impl Tiers {
             held if head.method == Method::Head || held.is_some() => {
                 let representation =
                     Arc::new(self.stat_pinned(target, source, held.as_deref()).await?);
-                let held = held.filter(|held| renew(held, &representation));
+                if let Some(held) = &held {
+                    renew(held, &representation)?;
+                }
                 Ok((representation, held))
             }
             _ => self.first_guarded_read(target, source, trace).await,
@@ -732,6 +734,9 @@ impl Tiers {
         held: Option<Arc<HeldRevision>>,
         mut trace: Trace,
     ) -> Result<Opened, OpenError> {
+        if let Some(held) = &held {
+            check_length(held, &representation)?;
+        }
         let ranges = wanted(&verdict, representation.size, target.get.head.method);
         let fields = representation.fields();
         let reader = if ranges.is_empty() {
@@ -909,14 +914,23 @@ impl OpenError {
     }
 }
 
-/// Gives what is held the fields that the remote sent last. `false`: the remote says another length for
-/// the same validator, so what is held cannot be trusted to be that; a guarded read will tell.
-fn renew(held: &HeldRevision, representation: &Arc<Representation>) -> bool {
-    let same = held.representation().size == representation.size;
-    if same {
-        held.update_representation(Arc::clone(representation));
+/// Gives what is held the fields that the remote sent last.
+fn renew(held: &HeldRevision, representation: &Arc<Representation>) -> Result<(), RemoteError> {
+    check_length(held, representation)?;
+    held.update_representation(Arc::clone(representation));
+    Ok(())
+}
+
+/// Whether what is held can be bytes of what the remote speaks of. Where the same validator names an object of another length,
+/// neither is answered with but where nobody has to be asked: whoever got bytes of one is not to get bytes of the other
+/// under the same name (P1).
+fn check_length(held: &HeldRevision, representation: &Representation) -> Result<(), RemoteError> {
+    let (known, said) = (held.size(), representation.size);
+    if known == said {
+        return Ok(());
     }
-    same
+    let validator = &representation.validator;
+    Err(RemoteError::two_lengths("read", validator, known, said))
 }
 
 /// The bytes a response's body has; empty where it has none.

@@ -3,6 +3,7 @@
 //! `tests/malformed.rs` throws thousands of odd requests and asks that nothing breaks. Here every attack has its name and
 //! its one right answer: requests whose end two servers may see in two places, names that point elsewhere, sets of ranges
 //! that cost more than they ask for, pipelines that nobody reads, and more connections than there are places.
+//! One is S3's.
 #![expect(
     clippy::unwrap_used,
     reason = "the lint's exemption for tests does not see a test crate's helpers"
@@ -15,6 +16,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use pinrange::strict_s3::{Options, PutOptions, StrictS3};
+use rustix::process::Signal;
 
 use support::http::{self, Answer};
 use support::process;
@@ -172,6 +174,29 @@ async fn a_request_whose_end_is_in_doubt_is_the_last_of_its_connection() {
         }
     }
     assert!(!world.was_asked_for_the_secret());
+}
+
+/// RFC 9112 §9.3: who is told that the connection ends is not told that it stays as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_client_is_told_one_thing_of_its_connection() {
+    let world = World::start().await;
+    for (fields, said) in [
+        ("", ""),
+        ("Connection: close\r\n", ""),
+        ("Connection: keep-alive\r\n", "keep-alive"),
+        ("Connection: keep-alive\r\nContent-Length: 1\r\n", "close"),
+        ("Content-Length: 1\r\n", "close"),
+    ] {
+        let request = format!("GET /m/object HTTP/1.0\r\n{fields}\r\nx");
+        let mut stream = BufReader::new(http::connect(world.address()));
+        stream.get_mut().write_all(request.as_bytes()).unwrap();
+        let answer = http::read(&mut stream, false).unwrap().unwrap();
+        assert_eq!(answer.status, 200, "{fields:?}");
+        assert_eq!(answer.field("connection"), said, "{fields:?}");
+        if said != "keep-alive" {
+            assert!(http::read(&mut stream, false).unwrap().is_none());
+        }
+    }
 }
 
 /// What names the object, what names nothing, and what is refused.
@@ -439,4 +464,87 @@ async fn who_does_not_ask_or_does_not_finish_asking_is_closed() {
         stream.read_to_end(&mut rest).unwrap();
         assert!(rest.is_empty(), "{}", rest.escape_ascii());
     }
+}
+
+/// Half a head behind a whole one has reached us with that: it is not waited for as long as one that has not begun.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_begins_a_head_behind_another_has_to_finish_it_too() {
+    let world = World::with(&[
+        ("PINRANGE_SERVER__HEADER_TIMEOUT", "1s"),
+        ("PINRANGE_SERVER__IDLE_TIMEOUT", "1h"),
+    ])
+    .await;
+    let whole = "HEAD /m/object HTTP/1.1\r\nHost: test\r\n\r\n";
+    for wholes in [1, 3] {
+        let mut stream = BufReader::new(http::connect(world.address()));
+        let some = format!("{}GET /m/obj", whole.repeat(wholes));
+        stream.get_mut().write_all(some.as_bytes()).unwrap();
+        for _ in 0..wholes {
+            let answer = http::read(&mut stream, true).unwrap();
+            assert_eq!(answer.unwrap().status, 200);
+        }
+        // An end, and not the error that too long a wait for it is.
+        let end = http::read(&mut stream, false).unwrap();
+        assert!(end.is_none(), "{end:?}");
+    }
+}
+
+/// S3 gives one `ETag` to two objects: an answer that says whose fault it is, and for each a line that says what it did.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_s3_that_gives_one_tag_to_two_objects_is_told_of() {
+    let mut world = World::with(&[("PINRANGE_MOUNT__0__FRESH_FOR", "0s")]).await;
+    let answer = http::get(world.address(), "/m/object", "");
+    assert_eq!(answer.body, alphabet());
+    let options = PutOptions {
+        etag: Some(answer.field("etag").to_owned()),
+        ..PutOptions::default()
+    };
+    world
+        .s3
+        .put("bucket", "object", "another", options)
+        .unwrap();
+    for range in ["", "Range: bytes=2000-\r\n"] {
+        let answer = http::get(world.address(), "/m/object", range);
+        assert_eq!(answer.status, 502);
+        assert_eq!(answer.field("content-type"), "application/problem+json");
+    }
+    world.serving.process.signal(Signal::TERM);
+    world.serving.process.wait();
+    let log = world.serving.process.stderr();
+    let told: Vec<_> = log
+        .lines()
+        .filter(|line| line.contains("has 7 bytes, and said 2600 before"))
+        .collect();
+    assert_eq!(told.len(), 2, "{log}");
+    let all = |what: &str| told.iter().all(|line| line.contains(what));
+    assert!(all("path=\"/m/object\"") && all("purge the key"), "{log}");
+    assert!(!log.contains("panicked"), "{log}");
+}
+
+/// Places that are taken again and again are no reason for a line each time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_that_comes_and_goes_is_told_of_once() {
+    let mut world = World::with(&[("PINRANGE_SERVER__MAX_CONNECTIONS", "1")]).await;
+    let ask = || {
+        let mut stream = BufReader::new(http::connect(world.address()));
+        let request = b"HEAD /m/object HTTP/1.1\r\nHost: test\r\n\r\n";
+        stream.get_mut().write_all(request).unwrap();
+        let answer = http::read(&mut stream, true).unwrap();
+        assert_eq!(answer.unwrap().status, 200);
+        stream
+    };
+    for _ in 0..2 {
+        // The second has to wait until the first is taken for idle; the first of the next time has not.
+        let first = ask();
+        let second = ask();
+        drop(first);
+        let mut second = second.into_inner();
+        second.shutdown(Shutdown::Write).unwrap();
+        second.read_to_end(&mut Vec::new()).unwrap();
+    }
+    world.serving.process.signal(Signal::TERM);
+    world.serving.process.wait();
+    let log = world.serving.process.stderr();
+    assert_eq!(log.matches("all connections are taken").count(), 1, "{log}");
+    assert!(log.contains("limit=1 waited=1"), "{log}");
 }

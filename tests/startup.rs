@@ -182,6 +182,29 @@ async fn a_bucket_that_is_missing_is_refused() {
     assert!(!log.contains("did not end orderly"), "{log}");
 }
 
+/// Once, and not by the SDK as well, unless somebody asks for that.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_s3_does_wrong_is_logged_by_us() {
+    for (filter, by_the_sdk) in [
+        ("", false),
+        ("warn", false),
+        ("warn,aws_smithy_runtime=error", true),
+    ] {
+        let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+        let mut command = serve(&s3.endpoint(), dir.path());
+        let mut serving = Serving::start(command.env("PINRANGE_LOG", filter));
+        s3.script(Fault::new(Effect::InternalError).times(u64::MAX));
+        assert_eq!(http::get(serving.data, "/m/object", "").status, 503);
+        serving.process.signal(Signal::TERM);
+        serving.process.wait();
+        let log = serving.process.stderr();
+        let ours = log.matches("the remote could not answer").count();
+        assert_eq!(ours, 1, "{filter:?}: {log}");
+        assert_eq!(log.contains(" ERROR "), by_the_sdk, "{filter:?}: {log}");
+        assert_eq!(log.contains("aws_smithy"), by_the_sdk, "{filter:?}: {log}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn credentials_that_are_wrong_are_refused() {
     let mut options = Options::memory(["bucket"]);

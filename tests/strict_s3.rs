@@ -158,6 +158,7 @@ async fn a_read_has_s3s_headers() {
         expires: Some("Thu, 01 Jan 2099 00:00:00 GMT".to_owned()),
         metadata: [("color".to_owned(), "red".to_owned())].into(),
         last_modified: Some(std::time::UNIX_EPOCH + Duration::from_secs(784_111_777)),
+        etag: None,
     };
     server.put("bkt", KEY, "hello", options).unwrap();
     for method in ["GET", "HEAD"] {

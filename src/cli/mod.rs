@@ -83,7 +83,8 @@ pub enum Command {
     ///
     /// Credentials for S3 come from the standard AWS chain: AWS_ACCESS_KEY_ID and
     /// AWS_SECRET_ACCESS_KEY, a profile, or the role of the instance, pod or task. PINRANGE_LOG
-    /// filters the log: info, debug, pinrange=debug,warn.
+    /// filters the log: info, debug, pinrange=debug,warn. What the AWS SDK says is in it only where it
+    /// is named: info,aws_config=debug,aws_smithy_runtime=debug.
     Serve(Box<ServeArgs>),
     /// Validate a configuration without opening a connection or touching the cache directory
     ///

@@ -132,7 +132,11 @@ pub(super) const LOG_MOVED_FROM: u64 = if cfg!(test) { 64 << 10 } else { 2 << 20
 /// Pages of the log, of 4 KiB, from which a commit moves it itself before the catalog's lock is given up. Moving beside
 /// commits never ends while they keep coming: SQLite begins a log anew only once all of it has been moved, and
 /// each commit meanwhile adds to it. Most of it has been moved by then, so this one is short.
-pub(super) const LOG_PAGES: u32 = 2048;
+const LOG_PAGES: u32 = 2048;
+
+/// The longest that the log gets, in bytes: what makes a commit move it, and the transaction that was one too many, which
+/// has some hundred pages at most. Each page has a head of 24 bytes there.
+pub(super) const LONGEST_LOG: u64 = (LOG_PAGES as u64 + 512) * (4096 + 24);
 
 /// How long a connection waits for another one of this process. Only a checkpoint can be in the way, and briefly.
 const BUSY: Duration = Duration::from_secs(5);
@@ -171,6 +175,11 @@ pub(super) struct StoredRevision {
 }
 
 impl StoredRevision {
+    /// No byte of it is held, of those that it has.
+    pub(super) fn is_bare(&self) -> bool {
+        self.segments.is_empty() && self.representation.size > 0
+    }
+
     pub(super) fn geometry(&self) -> Geometry {
         Geometry {
             size: self.representation.size,
@@ -183,9 +192,12 @@ impl StoredRevision {
 /// A stretch of `revisions` that was searched for some of which no byte is held.
 #[derive(Debug)]
 pub(super) struct Searched {
-    /// The id to go on after.
-    pub(super) last: i64,
+    /// The id to go on before.
+    pub(super) first: i64,
+    /// Of which there are bytes to be held.
     pub(super) bare: Vec<(i64, Revision)>,
+    /// Of which there are none, newest first.
+    pub(super) empty: Vec<(i64, Revision)>,
 }
 
 /// Names a row of `segments`.
@@ -646,14 +658,18 @@ impl Db {
     }
 
     /// Records the revision, or the newest headers of the one that is there, and returns it. A
-    /// stored one that was cut up differently or has another size is replaced; its segments are in
-    /// the second value, to be unlinked.
+    /// stored one that was cut up differently, or has another size and no bytes, is replaced; its segments are in
+    /// the second value, to be unlinked. `replace`: memory knows that it has no bytes.
+    ///
+    /// # Errors
+    /// [`DiskError::TwoLengths`]: it has another size, and bytes.
     pub(super) fn admit(
         &mut self,
         key: &ObjectKey,
         representation: &Representation,
         segment_size: u64,
         block_size: u64,
+        replace: bool,
     ) -> Result<(StoredRevision, Vec<(u128, u64)>), DiskError> {
         let revision = Revision {
             key: key.clone(),
@@ -670,7 +686,15 @@ impl Db {
                         update_representation(tx, stored.id, representation)?;
                         stored.representation = representation.clone();
                     }
-                    return Ok((stored, replaced));
+                    return Ok(Ok((stored, replaced)));
+                }
+                let held = stored.representation.size;
+                if !replace
+                    && stored.block_size == block_size
+                    && held != representation.size
+                    && !stored.is_bare()
+                {
+                    return Ok(Err(held));
                 }
                 replaced.extend(
                     stored
@@ -703,7 +727,11 @@ impl Db {
                 block_size,
                 segments: Vec::new(),
             };
-            Ok((stored, replaced))
+            Ok(Ok((stored, replaced)))
+        })?
+        .map_err(|held| DiskError::TwoLengths {
+            held,
+            given: representation.size,
         })
     }
 
@@ -1043,30 +1071,29 @@ impl Reader {
         })
     }
 
-    /// Looks at up to `limit` revisions after `after` and up to `up_to` for some of which no byte
-    /// is held; empty objects are held without one and do not count. `None`: no revisions are left.
-    pub(super) fn bare_revisions(
+    /// Looks at the last `limit` revisions up to `up_to` for some of which no byte is held. `None`: no revisions are left.
+    pub(super) fn without_bytes(
         &self,
-        after: i64,
         up_to: i64,
         limit: u32,
     ) -> Result<Option<Searched>, DiskError> {
         self.read(|connection| {
             let mut statement = connection.prepare_cached(
-                "SELECT size > 0 AND NOT EXISTS (SELECT 1 FROM segments WHERE revision = id),
+                "SELECT NOT EXISTS (SELECT 1 FROM segments WHERE revision = id), size > 0,
                     id, store, key, validator
-                 FROM revisions WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
+                 FROM revisions WHERE id <= ?1 ORDER BY id DESC LIMIT ?2",
             )?;
-            let mut rows = statement.query(params![after, up_to, limit])?;
-            let (mut last, mut bare) = (None, Vec::new());
+            let mut rows = statement.query(params![up_to, limit])?;
+            let (mut first, mut bare, mut empty) = (None, Vec::new(), Vec::new());
             while let Some(row) = rows.next()? {
-                let id = row.get(1)?;
-                last = Some(id);
+                let id = row.get(2)?;
+                first = Some(id);
                 if row.get(0)? {
-                    bare.push((id, revision_at(row, 2)?));
+                    let found = if row.get(1)? { &mut bare } else { &mut empty };
+                    found.push((id, revision_at(row, 3)?));
                 }
             }
-            Ok(last.map(|last| Searched { last, bare }))
+            Ok(first.map(|first| Searched { first, bare, empty }))
         })
     }
 

@@ -156,6 +156,16 @@ impl HeldRevision {
         &self.revision
     }
 
+    /// Length of the object in bytes.
+    pub fn size(&self) -> u64 {
+        self.geometry.size
+    }
+
+    /// No byte of it is held, of those that it has.
+    pub(super) fn is_bare(&self) -> bool {
+        self.geometry.size > 0 && self.state.lock().segments.is_empty()
+    }
+
     /// Its metadata, newest.
     pub fn representation(&self) -> Arc<Representation> {
         Arc::clone(&self.state.lock().representation)

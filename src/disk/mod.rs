@@ -129,6 +129,14 @@ pub enum DiskError {
     /// No room even after eviction, or the disk is in trouble: go past it.
     #[error("no room on the disk tier")]
     NoRoom,
+    /// Something is held under the validator, and of an object of another length: it stays, and nothing else is held under it.
+    #[error("what is held under the validator is of an object of {held} bytes, and not of {given}")]
+    TwoLengths {
+        /// Length in bytes of the object that is held.
+        held: u64,
+        /// Length in bytes of the one that was to be.
+        given: u64,
+    },
     /// The revision was purged meanwhile: nothing more is written of it. Go past the disk.
     #[error("the revision was purged from the disk tier")]
     Purged,
@@ -229,7 +237,7 @@ pub struct Swept {
     pub bytes: u64,
     /// Rows of segments whose file was gone.
     pub rows: u64,
-    /// Revisions of which no byte was held.
+    /// Revisions of which no byte was held, and empty ones beyond those that may be.
     pub revisions: u64,
 }
 

@@ -32,14 +32,14 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustix::fs::FlockOperation;
 
 use super::DiskError;
-use super::catalog::{Batch, Catalog, Commit};
+use super::catalog::{Batch, Catalog, Commit, LONGEST_LOG};
 use super::tier::{DiskTier, Shared, lock, make_shards, policy_of, random_u64};
 
 /// How often the keeper looks: three calls of `stat` while all is well.
 const EVERY: Duration = Duration::from_secs(1);
 
-/// Bytes that the catalog may need: its log, and what a migration writes.
-const CATALOG_NEEDS: u64 = 4 << 20;
+/// Bytes that the catalog may need: its log, which a start begins anew.
+const CATALOG_NEEDS: u64 = LONGEST_LOG;
 
 /// Files that the catalog may need: itself, its log, the index over that, and a mark.
 const CATALOG_FILES: u64 = 4;
@@ -391,9 +391,11 @@ pub(super) fn is_mistake(error: &DiskError) -> bool {
                 | io::ErrorKind::InvalidInput
                 | io::ErrorKind::InvalidFilename
         ),
-        DiskError::NoRoom | DiskError::Purged | DiskError::Catalog(_) | DiskError::Hangs { .. } => {
-            false
-        }
+        DiskError::NoRoom
+        | DiskError::TwoLengths { .. }
+        | DiskError::Purged
+        | DiskError::Catalog(_)
+        | DiskError::Hangs { .. } => false,
     }
 }
 

@@ -210,19 +210,25 @@ fn take_out(shared: &Shared, id: &SegmentId) -> Result<bool, DiskError> {
     Ok(true)
 }
 
-/// Takes out revisions of which no byte is held.
+/// Takes out revisions of which no byte is held. An empty object is held without one, so nothing ever evicts it: of those
+/// there may be as many as memory knows revisions, and the ones that were admitted first go. (In a run it is memory that says
+/// which go: what it forgets and no byte of which is held is taken out.)
 fn revisions(
     shared: &Shared,
     reader: &Reader,
     last_revision: i64,
     pace: &mut Pace,
 ) -> Result<(), DiskError> {
-    let mut after = 0;
+    let mut up_to = last_revision;
+    let mut empty_left = shared.revisions_in_memory();
     while !shared.is_over() {
-        let Some(searched) = reader.bare_revisions(after, last_revision, ROWS)? else {
+        let Some(mut searched) = reader.without_bytes(up_to, ROWS)? else {
             break;
         };
-        after = searched.last;
+        up_to = searched.first - 1;
+        let kept = searched.empty.len().min(empty_left);
+        empty_left -= kept;
+        searched.bare.extend(searched.empty.drain(kept..));
         if !searched.bare.is_empty() {
             let mut db = shared.catalog.lock()?;
             // The lock keeps an admission from bringing one back between this look and the commit, which passes over

@@ -243,6 +243,52 @@ async fn an_empty_object_is_held_without_a_segment() {
     assert_eq!(held.representation().size, 0);
 }
 
+/// Nothing evicts what takes no room, so memory and the next start bound it.
+#[tokio::test]
+async fn empty_objects_do_not_pile_up_in_the_catalog() {
+    const IN_MEMORY: i64 = 8;
+    let dir = tempfile::tempdir().unwrap();
+    let open_knowing = |revisions: i64| {
+        let seams = Seams {
+            revisions_in_memory: usize::try_from(revisions).unwrap(),
+            ..Seams::default()
+        };
+        DiskTier::open_with(config(dir.path()), seams).unwrap()
+    };
+    // In a run, the least recently used.
+    let tier = open_knowing(IN_MEMORY);
+    for count in 0..100 {
+        admit(&tier, &format!("first {count}"), 0).await;
+        assert!(tier.load(&revision("first 0", "a")).await.is_some());
+    }
+    tier.flush().await.unwrap();
+    let held = rows(dir.path(), "revisions");
+    assert!(held <= IN_MEMORY, "{held}");
+    tier.close().await.unwrap();
+
+    // From run to run, those that came first.
+    let tier = open_knowing(1000);
+    wait_for_sweep(&tier);
+    for count in 0..300 {
+        admit(&tier, &format!("second {count}"), 0).await;
+    }
+    put(&tier, "x", BLOCK).await;
+    tier.close().await.unwrap();
+    let tier = open_knowing(IN_MEMORY);
+    wait_for_sweep(&tier);
+    assert_eq!(rows(dir.path(), "revisions"), IN_MEMORY + 1);
+    for (name, is_held) in [
+        ("first 0", false),
+        ("second 291", false),
+        ("second 292", true),
+        ("second 299", true),
+        ("x", true),
+    ] {
+        let held = tier.load(&revision(name, "a")).await;
+        assert_eq!(held.is_some(), is_held, "{name}");
+    }
+}
+
 #[tokio::test]
 async fn a_second_open_is_told_who_holds_the_directory() {
     let dir = tempfile::tempdir().unwrap();
@@ -1134,20 +1180,41 @@ async fn headers_and_what_was_current_are_kept() {
 }
 
 #[tokio::test]
-async fn one_validator_for_two_lengths_keeps_the_newer() {
+async fn one_validator_for_two_lengths_keeps_what_is_held() {
     let dir = tempfile::tempdir().unwrap();
     let tier = open(dir.path());
     let held = put(&tier, "x", SEGMENT).await;
-    let other = admit(&tier, "x", 2 * SEGMENT).await;
-    assert!(held.is_doomed());
-    assert_eq!(
-        other.first_missing(range(0, 2 * SEGMENT)),
-        Some(range(0, 2 * SEGMENT))
-    );
+    let refuses = async |tier: &DiskTier| {
+        let longer = representation("a", 2 * SEGMENT);
+        let error = tier.admit(&key("x"), &longer).await.err();
+        matches!(error, Some(DiskError::TwoLengths { held: SEGMENT, given }) if given == longer.size)
+    };
+    assert!(refuses(&tier).await);
+    assert!(!held.is_doomed());
     tier.flush().await.unwrap();
-    assert_eq!(rows(dir.path(), "segments"), 0);
     drop(held);
-    assert_eq!(tier.stats().used_bytes, 0);
+    tier.close().await.unwrap();
+    // What only the catalog knows, too.
+    let tier = open(dir.path());
+    assert!(refuses(&tier).await);
+    let held = tier.load(&revision("x", "a")).await.unwrap();
+    held.open_at(0).await;
+    assert_eq!(held.first_missing(range(0, SEGMENT)), None);
+}
+
+#[tokio::test]
+async fn one_validator_for_two_lengths_keeps_the_newer_where_nothing_is_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = open(dir.path());
+    let bare = admit(&tier, "x", SEGMENT).await;
+    let longer = admit(&tier, "x", 2 * SEGMENT).await;
+    assert!(bare.is_doomed());
+    assert_eq!(longer.size(), 2 * SEGMENT);
+    drop((bare, longer));
+    tier.close().await.unwrap();
+    // What only the catalog knows, too.
+    let tier = open(dir.path());
+    assert_eq!(admit(&tier, "x", SEGMENT).await.size(), SEGMENT);
 }
 
 /// Holds `fdatasync` back until the test opens the gate, and can make it fail.

@@ -848,6 +848,11 @@ impl Shared {
         Some(held)
     }
 
+    /// How many revisions memory knows at most, unless more are in use.
+    pub(super) fn revisions_in_memory(&self) -> usize {
+        self.revisions.lock().limit
+    }
+
     /// Empties memory, and returns what was in it.
     pub(super) fn forget_all(&self) -> Vec<Arc<HeldRevision>> {
         let by_name = std::mem::take(&mut self.revisions.lock().by_name);
@@ -866,8 +871,7 @@ impl Shared {
         let Some(stored) = db.find(&revision)? else {
             return Ok(None);
         };
-        let bare = stored.segments.is_empty() && stored.representation.size > 0;
-        if bare || stored.block_size != self.block_size {
+        if stored.is_bare() || stored.block_size != self.block_size {
             return Ok(None);
         }
         if self.is_released() {
@@ -890,20 +894,24 @@ impl Shared {
             held.update_representation(Arc::new(representation.clone()));
             return Ok(Arc::clone(held));
         }
+        if let Some(other) = &known
+            && !other.is_bare()
+        {
+            return Err(DiskError::TwoLengths {
+                held: other.size(),
+                given: representation.size,
+            });
+        }
         let (stored, replaced) = db.admit(
             &revision.key,
             representation,
             self.segment_size,
             self.block_size,
+            known.is_some(),
         )?;
         let mut doomed = Vec::new();
         self.reached(Step::Admitted);
         if let Some(other) = known {
-            tracing::error!(
-                key = ?revision.key, validator = ?revision.validator,
-                held = other.geometry.size, now = representation.size,
-                "one validator names objects of two lengths; purged the one that was held"
-            );
             self.revisions.lock().by_name.remove(&revision);
             doomed = other.doom();
         }

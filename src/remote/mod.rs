@@ -253,6 +253,16 @@ impl RemoteError {
         }
     }
 
+    /// One validator names objects of two lengths: it is `known` for one, and `said` is the other. Whose bytes they are
+    /// cannot be told.
+    pub fn two_lengths(op: &'static str, validator: &Validator, known: u64, said: u64) -> Self {
+        let detail = format!(
+            "S3 says that {validator:?} has {said} bytes, and said {known} before: one ETag for two objects; \
+             upload the object again, or purge the key to forget what is held of it"
+        );
+        Self::new(RemoteErrorKind::Protocol, op, detail)
+    }
+
     /// The same error with what the driver said below it. That goes to the log: no credential.
     #[must_use]
     pub fn with_source(

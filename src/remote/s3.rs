@@ -79,9 +79,10 @@ use super::{Current, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TR
 use crate::object::{Checksum, ChecksumAlgorithm, Representation, Validator};
 use crate::semantics::{ByteRange, RangeSpec};
 
-/// Log directives for the SDK: its credential chain dumps each provider's failure, though what comes of them is in
-/// our own [`RemoteError`], which is logged once.
-pub const QUIET: &str = "aws_config=off";
+/// Log directives for the SDK: its credential chain dumps each provider's failure, and its runtime has an error for each answer
+/// of S3 that another try may mend (there is no connection of its own that it could close), though what comes of them is
+/// in our own [`RemoteError`], which is logged once.
+pub const QUIET: &str = "aws_config=off,aws_smithy_runtime=off";
 
 /// Longest key that S3 takes, in bytes; a longer one names nothing.
 const MAX_KEY: usize = 1024;
@@ -308,14 +309,8 @@ impl S3Remote {
         if let Some(size) = guard.size
             && size != representation.size
         {
-            return Err(protocol(
-                OP,
-                format!(
-                    "{:?} had {size} bytes and is said to have {}",
-                    guard.validator, representation.size
-                ),
-            )
-            .into());
+            let said = representation.size;
+            return Err(RemoteError::two_lengths(OP, &guard.validator, size, said).into());
         }
         let body = exact_body(body, range.len(), self.stall_timeout, OP);
         Ok(RemoteRead {
@@ -383,8 +378,8 @@ impl S3Remote {
         if let Some(size) = guard.size
             && size != representation.size
         {
-            let detail = format!("{size} bytes are now {}", representation.size);
-            return Err(protocol(OP, detail).into());
+            let said = representation.size;
+            return Err(RemoteError::two_lengths(OP, &guard.validator, size, said).into());
         }
         Ok(head.checksums(&guard.validator))
     }

@@ -42,7 +42,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use http::header::{CONNECTION, HeaderValue};
-use http::{Request, Response};
+use http::{Request, Response, Version};
 use http_body::Body as _;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -306,12 +306,18 @@ impl<H: Handler> Serving<H> {
         let ending = &self.ending;
         let service = service_fn(move |request: Request<Incoming>| {
             has_content.store(!request.body().is_end_stream(), Ordering::Relaxed);
+            let version = request.version();
             // Not an async block, which would hold the handler's future twice.
-            handler.handle(request, conn).map(|mut response| {
+            handler.handle(request, conn).map(move |mut response| {
                 if ending.is_announced() {
                     // hyper closes the connection behind it.
                     let close = HeaderValue::from_static("close");
                     response.headers_mut().insert(CONNECTION, close);
+                }
+                if version == Version::HTTP_10 && response.headers().contains_key(CONNECTION) {
+                    // It says `close`, here and nowhere else. To a later version's answer hyper adds that the connection is
+                    // kept, for who asked for that; but who is told both is told that it ends (RFC 9112 §9.3).
+                    *response.version_mut() = version;
                 }
                 Ok::<_, Infallible>(response)
             })
@@ -448,8 +454,7 @@ impl<H: Handler> Drop for Open<'_, H> {
 struct Places {
     free: Arc<Semaphore>,
     limit: usize,
-    /// Whether clients are waiting, so that it is said once an episode.
-    full: bool,
+    crowded: Seldom,
 }
 
 impl Places {
@@ -460,21 +465,21 @@ impl Places {
         Self {
             free: Arc::new(Semaphore::new(limit)),
             limit,
-            full: false,
+            crowded: Seldom::default(),
         }
     }
 
     /// Waits for a free place, calling `make_room` now and then. Cancel safe.
     async fn take(&mut self, make_room: impl Fn()) -> OwnedSemaphorePermit {
         if let Ok(place) = Arc::clone(&self.free).try_acquire_owned() {
-            self.full = false;
             return place;
         }
-        if !self.full {
-            self.full = true;
+        if let Some(waited) = self.crowded.happened() {
             tracing::warn!(
                 limit = self.limit,
-                "all connections are taken; idle ones are closed, further clients wait in the backlog"
+                waited,
+                "all connections are taken (server.max_connections); idle ones are closed, further clients wait in the \
+                 backlog: so many had to since this was said last, and it is said once a minute"
             );
         }
         loop {
@@ -484,6 +489,28 @@ impl Places {
                 return place.expect("the semaphore is never closed");
             }
         }
+    }
+}
+
+/// What happens many times a second, and is worth a line now and then.
+#[derive(Default)]
+struct Seldom {
+    said: Option<Instant>,
+    unsaid: u64,
+}
+
+impl Seldom {
+    const AGAIN: Duration = Duration::from_mins(1);
+
+    /// How often it happened since it was said last, this time included, if it is to be said now.
+    fn happened(&mut self) -> Option<u64> {
+        self.unsaid += 1;
+        let now = Instant::now();
+        let is_due = self.said.is_none_or(|said| now - said >= Self::AGAIN);
+        is_due.then(|| {
+            self.said = Some(now);
+            std::mem::take(&mut self.unsaid)
+        })
     }
 }
 
@@ -561,6 +588,17 @@ impl Backoff {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_happens_often_is_said_once_a_minute_and_how_often_it_was() {
+        let mut seldom = Seldom::default();
+        let mut said = Vec::new();
+        for _ in 0..250 {
+            said.extend(seldom.happened());
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        assert_eq!(said, [1, 60, 60, 60, 60]);
+    }
 
     #[test]
     fn backoff_doubles_from_10_ms_to_1_s_and_starts_over_after_success() {

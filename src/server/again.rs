@@ -52,6 +52,31 @@ impl fmt::Debug for dyn Again {
 /// A head and what follows it, to be written as hyper would.
 pub(super) type Answer = Chain<Cursor<Vec<u8>>, Chunk>;
 
+/// Where in a head the bytes end that hyper was given. Content is none, but the connection ends with the answer to that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum End {
+    /// Behind a whole one: what begins here is another, or an empty line, which says nothing (RFC 9112 §2.2).
+    #[default]
+    Behind,
+    /// At the beginning of one of its lines.
+    OfLine,
+    /// Behind the CR of a line that may be empty.
+    OfCr,
+    /// In a line.
+    InLine,
+}
+
+impl End {
+    fn after(self, bytes: &[u8]) -> Self {
+        bytes.iter().fold(self, |end, byte| match (end, byte) {
+            (Self::Behind | Self::OfLine, b'\r') => Self::OfCr,
+            (Self::InLine, b'\n') => Self::OfLine,
+            (_, b'\n') => Self::Behind,
+            _ => Self::InLine,
+        })
+    }
+}
+
 /// The heads of a connection, on their way to hyper.
 #[derive(Default)]
 pub(super) struct Heads {
@@ -63,6 +88,8 @@ pub(super) struct Heads {
     given: u64,
     /// hyper was given something else: what it holds cannot be told any more.
     mixed: bool,
+    /// But for this.
+    end: End,
 }
 
 impl Heads {
@@ -74,6 +101,9 @@ impl Heads {
         begins: bool,
         queue: &SendQueue,
     ) -> Option<Answer> {
+        if self.mixed {
+            self.end = self.end.after(bytes);
+        }
         if self.mixed || bytes.is_empty() {
             return None;
         }
@@ -89,13 +119,21 @@ impl Heads {
             }
         } else {
             let pattern = Pattern::of(bytes).filter(|_| begins);
-            self.mixed = pattern.is_none();
+            if pattern.is_none() {
+                self.mixed = true;
+                self.end = self.end.after(bytes);
+            }
             self.last = pattern.flatten();
         }
         self.again = None;
         self.given += 1;
         queue.repeats(range.is_some().then_some(self.given));
         None
+    }
+
+    /// What hyper was given ends in the middle of a head.
+    pub(super) fn end_in_head(&self) -> bool {
+        self.end != End::Behind
     }
 }
 
@@ -317,7 +355,62 @@ mod tests {
         prop::collection::vec(piece, 0..12).prop_map(|pieces| pieces.concat().into_bytes())
     }
 
+    /// What the parser that hyper uses waits for the rest of, behind all the heads that are whole; `None`: it takes them for
+    /// none.
+    fn rest_of_head(mut bytes: &[u8]) -> Option<&[u8]> {
+        loop {
+            while let [b'\r', b'\n', rest @ ..] | [b'\n', rest @ ..] = bytes {
+                bytes = rest;
+            }
+            let mut fields = [httparse::EMPTY_HEADER; 16];
+            match httparse::Request::new(&mut fields).parse(bytes) {
+                Ok(httparse::Status::Complete(length)) => bytes = &bytes[length..],
+                Ok(httparse::Status::Partial) => return Some(bytes),
+                Err(_) => return None,
+            }
+        }
+    }
+
+    #[test]
+    fn a_head_that_has_begun_behind_another_is_noticed() {
+        let queue = SendQueue::default();
+        for (reads, in_head) in [
+            (&[HEAD][..], false),
+            (&[HEAD, HEAD], false),
+            (&[b"GET /b HT"], true),
+            (&[b"GET /b HT", b"TP/1.1\r\n"], true),
+            (&[b"GET /b HT", b"TP/1.1\r\n", b"\r\n"], false),
+            (&[&[HEAD, HEAD].concat()], false),
+            (&[&[HEAD, b"G"].concat()], true),
+            (&[HEAD, &[HEAD, b"G"].concat()], true),
+            (&[&[HEAD, b"G"].concat(), &HEAD[1..]], false),
+            // Some send one too many.
+            (&[&[HEAD, b"\r\n"].concat()], false),
+            (&[&[HEAD, b"\r"].concat(), b"\n"], false),
+        ] {
+            let mut heads = Heads::default();
+            let mut begins = true;
+            for bytes in reads {
+                heads.answer(bytes, begins, &queue);
+                begins = !heads.end_in_head();
+            }
+            assert_eq!(heads.end_in_head(), in_head, "{reads:?}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn hyper_waits_for_the_rest_of_a_head_where_one_is_said_to_have_begun(
+            bytes in pieces(),
+            split in any::<prop::sample::Index>(),
+        ) {
+            let (first, second) = bytes.split_at(split.index(bytes.len() + 1));
+            let end = End::default().after(first).after(second);
+            if let Some(rest) = rest_of_head(&bytes) {
+                prop_assert_eq!(end != End::Behind, !rest.is_empty(), "{:?}", rest);
+            }
+        }
+
         /// The parser that hyper uses leaves nothing of what is taken for one head, and waits for nothing.
         #[test]
         fn one_head_is_one_to_hyper(bytes in pieces()) {

@@ -35,6 +35,7 @@
 //!   (start) ─► Idle: idle_timeout ── first byte ──► Head: header_timeout
 //!                 ▲                                        │ head complete: hyper stops reading
 //!                 └── any byte of a response goes out ─────┘ and waits for the handler
+//!                     (to Head, where hyper has the beginning of another one already)
 //!
 //!   a write waits for the client: it may be progress_timeout behind `min_rate` (see `Credit`)
 //! ```
@@ -568,12 +569,17 @@ impl SendfileIo {
         let _ = tokio::time::timeout(LINGER, drained).await;
     }
 
-    /// Bytes went out: the client is alive, and if it was sending a head, that was complete.
+    /// Bytes went out: the client is alive, and if it was sending a head, that was complete. It may have begun another behind
+    /// it, which hyper has already.
     fn wrote(&mut self, sent: usize) {
         self.burst += sent as u64;
         self.credit.renew(sent, &self.timeouts);
         self.read_wait.stop();
-        self.expecting = Expecting::Next;
+        self.expecting = if self.heads.end_in_head() {
+            Expecting::RestOfHead
+        } else {
+            Expecting::Next
+        };
         self.busy();
     }
 
@@ -886,8 +892,10 @@ impl hyper::rt::Read for SendfileIo {
                 this.read_wait.stop();
             }
             this.busy();
-            // Its last response says so, and hyper has to know of it.
-            if !this.ending.is_announced() {
+            if this.ending.is_announced() {
+                // Its last response says so, and hyper has to know of it. Nothing is repeated after that.
+                this.queue.repeats(None);
+            } else {
                 this.answer = this.heads.answer(bytes, begins, &this.queue);
             }
             if this.answer.is_none() {
@@ -1033,6 +1041,44 @@ mod tests {
         assert_eq!(credit.left, Duration::ZERO, "they counted already");
         credit.renew(30_000, &TIMEOUTS);
         assert_eq!(credit.left.as_secs(), 10);
+    }
+
+    /// What hyper reads at a time.
+    async fn read(io: &mut SendfileIo) -> Vec<u8> {
+        let mut bytes = [0; 1024];
+        let mut bytes = hyper::rt::ReadBuf::new(&mut bytes);
+        std::future::poll_fn(|cx| {
+            hyper::rt::Read::poll_read(Pin::new(&mut *io), cx, bytes.unfilled())
+        })
+        .await
+        .unwrap();
+        bytes.filled().to_vec()
+    }
+
+    #[tokio::test]
+    async fn no_answer_is_to_be_repeated_once_the_last_one_is_announced() {
+        const HEAD: &[u8] = b"GET /a HTTP/1.1\r\nHost: b\r\nRange: bytes=10-20\r\n\r\n";
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await;
+        let client = client.unwrap();
+        let (server, _) = listener.accept().await.unwrap();
+        let (queue, ending) = (SendQueue::default(), Ending::default());
+        let page_in = PageIn::new().unwrap();
+        let timeouts = Timeouts {
+            idle: Duration::from_mins(1),
+            ..TIMEOUTS
+        };
+        let mut io = SendfileIo::new(server, queue.clone(), page_in, timeouts, ending.clone());
+        for (announced, repeated) in [(false, None), (false, Some(2)), (true, None)] {
+            if announced {
+                ending.announce();
+            }
+            client.writable().await.unwrap();
+            client.try_write(HEAD).unwrap();
+            assert_eq!(read(&mut io).await, HEAD);
+            assert_eq!(queue.repeated(), repeated);
+            io.wrote(1);
+        }
     }
 
     #[test]

@@ -761,6 +761,7 @@ fn options(fields: StoredFields) -> S3Result<PutOptions> {
             .into_iter()
             .collect::<BTreeMap<_, _>>(),
         last_modified: None,
+        etag: None,
     })
 }
 

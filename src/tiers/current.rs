@@ -63,10 +63,46 @@ impl Label {
 struct Known {
     /// The label and when it was asked for. `None` as the moment: not to be trusted any more.
     label: Option<(Label, Option<Instant>)>,
-    /// When the wall clock said the label was last confirmed: outlives a restart.
-    confirmed: Option<SystemTime>,
+    /// When the remote last said so.
+    confirmed: Option<Confirmed>,
     persisted: Option<Instant>,
     failed: Option<(Instant, Arc<OpenError>)>,
+}
+
+/// When a label was last confirmed. Its age is that of a clock that does not jump, from when this process first heard of it.
+#[derive(Clone, Copy, Debug)]
+struct Confirmed {
+    /// By the wall clock, which outlives a restart.
+    at: SystemTime,
+    /// How old it was when it was noted.
+    age: Duration,
+    noted: Instant,
+}
+
+impl Confirmed {
+    fn now() -> Self {
+        Self {
+            at: SystemTime::now(),
+            age: Duration::ZERO,
+            noted: Instant::now(),
+        }
+    }
+
+    /// What an earlier run wrote down at `at`, by the wall clock. Where that was put back meanwhile, it counts for as old as
+    /// it now lies ahead: a step of seconds matters little, and nothing stays young for as long as the clock is behind.
+    fn recalled(at: SystemTime, now: SystemTime) -> Self {
+        Self {
+            at,
+            age: now
+                .duration_since(at)
+                .unwrap_or_else(|ahead| ahead.duration()),
+            noted: Instant::now(),
+        }
+    }
+
+    fn age(&self) -> Duration {
+        self.age.saturating_add(self.noted.elapsed())
+    }
 }
 
 /// One key's label.
@@ -268,7 +304,7 @@ impl Tiers {
         &self,
         target: &Target<'_>,
         state: &KeyState,
-    ) -> Option<(Arc<Representation>, SystemTime)> {
+    ) -> Option<(Arc<Representation>, Confirmed)> {
         {
             let known = state.known.lock();
             if let (Some((label, _)), Some(confirmed)) = (&known.label, known.confirmed) {
@@ -279,7 +315,15 @@ impl Tiers {
             }
         }
         let record = self.disk.last_current(&target.key).await?;
-        Some((record.representation, record.checked_at))
+        let confirmed = Confirmed::recalled(record.checked_at, SystemTime::now());
+        let mut known = state.known.lock();
+        if known.label.is_none() {
+            // Not to be asked of the wall clock again. Nobody trusts it.
+            let label = Label::Present(Arc::clone(&record.representation));
+            known.label = Some((label, None));
+            known.confirmed = Some(confirmed);
+        }
+        Some((record.representation, confirmed))
     }
 
     /// Asks the remote. The one who asks holds the key's turn.
@@ -315,7 +359,8 @@ impl Tiers {
                         .expect("If-None-Match is sent for what is held");
                     trace.confirmed = true;
                     (
-                        self.confirmed(target, held, last_modified, last.1).await?,
+                        self.confirmed(target, held, last_modified, last.1.at)
+                            .await?,
                         None,
                     )
                 }
@@ -328,7 +373,9 @@ impl Tiers {
             // It may be one that was held before: its bytes need not be fetched again.
             current_held = self.held(&target.revision(&representation)).await;
         }
-        current_held = current_held.filter(|held| renew(held, &representation));
+        if let Some(held) = &current_held {
+            renew(held, &representation)?;
+        }
         if let Some(read) = read {
             let source = target.source(
                 representation.validator.clone(),
@@ -433,7 +480,7 @@ impl Tiers {
                 .is_none_or(|last| last.elapsed() > PERSIST_EVERY);
         *known = Known {
             label: Some((Label::Present(Arc::clone(representation)), Some(asked))),
-            confirmed: Some(SystemTime::now()),
+            confirmed: Some(Confirmed::now()),
             persisted: if persist {
                 Some(asked)
             } else {
@@ -461,7 +508,7 @@ impl Tiers {
         if outage
             && !target.get.no_cache
             && let Some((representation, confirmed)) = self.last_label(target, state).await
-            && confirmed.elapsed().unwrap_or_default() <= target.get.mount.stale_if_error
+            && confirmed.age() <= target.get.mount.stale_if_error
             && let Some(held) = self.held(&target.revision(&representation)).await
             // An outage outranks 412 (P4).
             && !Label::Present(Arc::clone(&representation)).refuses(target.get.head)
@@ -479,5 +526,31 @@ impl Tiers {
             });
         }
         Err(self.refuse(target, OpenError::Shared(Arc::clone(error))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_clock_that_jumps_makes_nothing_young_for_ever() {
+        let noon = SystemTime::UNIX_EPOCH + Duration::from_hours(500_000);
+        for (seconds_later, age) in [(0, 0), (90, 90), (-3, 3), (-86_400, 86_400)] {
+            let off = Duration::from_secs(i64::unsigned_abs(seconds_later));
+            let now = if seconds_later < 0 {
+                noon - off
+            } else {
+                noon + off
+            };
+            let confirmed = Confirmed::recalled(noon, now);
+            assert_eq!(confirmed.age(), Duration::from_secs(age));
+            // Whatever the wall clock says from now on.
+            tokio::time::advance(Duration::from_secs(100)).await;
+            assert_eq!(confirmed.age(), Duration::from_secs(age + 100));
+        }
+        let confirmed = Confirmed::now();
+        tokio::time::advance(Duration::from_secs(100)).await;
+        assert_eq!(confirmed.age(), Duration::from_secs(100));
     }
 }

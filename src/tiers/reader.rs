@@ -308,13 +308,7 @@ impl Inner {
     /// Finds what has arrived in the tier's memory since, and lets go of what was purged.
     fn catch_up(&mut self) {
         if self.held.as_ref().is_none_or(|held| held.is_doomed()) {
-            let size = self.means.source.known.as_ref().map(|known| known.size);
-            self.held = self
-                .means
-                .filler
-                .arrived(&self.means.source.revision)
-                // Else one validator names two lengths, and a guarded read will say so.
-                .filter(|held| size.is_none_or(|size| held.representation().size == size));
+            self.held = self.means.filler.arrived_of(&self.means.source);
         }
     }
 

@@ -84,6 +84,18 @@ impl World {
         }
     }
 
+    /// As who was told of an object of `size` bytes under the same validator.
+    fn of_size(&self, size: u64) -> FillSource {
+        let known = self.source.known.as_deref().unwrap();
+        FillSource {
+            known: Some(Arc::new(Representation {
+                size,
+                ..known.clone()
+            })),
+            ..self.source.clone()
+        }
+    }
+
     fn join(&self, start: u64, end: u64) -> Vec<Follow> {
         let held = self.filler.arrived(&self.source.revision);
         let want = Span { start, end };
@@ -486,6 +498,60 @@ async fn a_mismatch_on_resuming_ends_the_flight_and_mixes_nothing() {
     assert!(seen == world.slice(0, seen.len() as u64));
     let held = world.filler.arrived(&world.source.revision).unwrap();
     assert_eq!(held.first_missing(range(0, PART)), Some(range(BLOCK, PART)));
+}
+
+/// P1: bytes of an object of another length are none of this one's, whoever fetches or holds them.
+#[tokio::test]
+async fn one_validator_for_two_lengths_is_a_lie_and_mixes_nothing() {
+    for said in [PART - BLOCK, PART + BLOCK] {
+        let world = World::new(PART, 2);
+        let other = world.of_size(said);
+        let all = Span {
+            start: 0,
+            end: said,
+        };
+        // One is fetched while the other is asked for.
+        let gate = Gate::new();
+        let stall = Effect::Stall {
+            at: BLOCK,
+            gate: gate.clone(),
+        };
+        world.remote.on(Op::Read, 1, stall);
+        let first = world.filler.join(&world.unknown(), None, all, 1);
+        soon(gate.reached()).await;
+        let mut second = world.filler.join(&other, None, all, 1).remove(0);
+        assert!(second.collapsed);
+        for error in [
+            soon(second.answered()).await.err(),
+            soon(second.extent(range(0, 1))).await.err(),
+        ] {
+            let error = error.expect("these are not its bytes");
+            assert_eq!(kind(&error), Some(&RemoteErrorKind::Protocol));
+        }
+        gate.open();
+        let sent = soon(world.send(first, range(0, PART.min(said)))).await;
+        assert!(sent.unwrap() == world.slice(0, PART.min(said)));
+        drop(second);
+        assert!(soon(world.fetch(0, PART)).await.unwrap() == world.object);
+
+        // One is held: who asks for the other has S3 asked, which does not know that.
+        let reads = world.remote.count(Op::Read);
+        let behind = Span {
+            start: said - BLOCK,
+            end: said,
+        };
+        let mut follows = world.filler.join(&other, None, behind, 1);
+        let error = soon(follows[0].answered()).await.err();
+        let kind = error.as_ref().and_then(kind);
+        let refused = matches!(
+            kind,
+            Some(RemoteErrorKind::Protocol | RemoteErrorKind::Unsatisfiable { .. })
+        );
+        assert!(refused, "{kind:?}");
+        assert_eq!(world.remote.count(Op::Read), reads + 1);
+        let held = world.filler.arrived(&world.source.revision).unwrap();
+        assert_eq!(held.first_missing(range(0, PART)), None);
+    }
 }
 
 #[tokio::test]

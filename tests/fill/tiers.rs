@@ -385,3 +385,57 @@ async fn parts_that_are_there_do_not_keep_the_next_from_being_read() {
     assert!(rest(&mut opened, 0).await.unwrap() == object);
     assert_eq!(replica.remote.yielded(), 9 * PART);
 }
+
+/// Time passes by the clock that nobody can set.
+async fn pass(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
+}
+
+#[tokio::test]
+async fn what_may_answer_in_an_outage_grows_old_by_a_clock_that_does_not_jump() {
+    let replica = Replica::new(Duration::from_secs(2));
+    let object = bytes(12, BLOCK);
+    replica.put(&object);
+    assert!(replica.whole(None).await == object);
+    replica.remote.outage(Some(RemoteErrorKind::Unavailable));
+    pass(Duration::from_mins(4)).await;
+    let opened = replica.open(None).await.unwrap();
+    assert!(opened.trace.stale);
+    pass(Duration::from_mins(2)).await;
+    let refusal = replica.open(None).await.err();
+    assert!(
+        matches!(refusal, Some(Refusal::Unavailable { .. })),
+        "{refusal:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_wall_clock_that_was_put_back_lets_nothing_answer_for_ever() {
+    for (put_back, answers) in [(3, true), (3600, false)] {
+        let replica = Replica::new(Duration::from_secs(2));
+        let object = bytes(13, BLOCK);
+        replica.put(&object);
+        assert!(replica.whole(None).await == object);
+        replica.remote.outage(Some(RemoteErrorKind::Unavailable));
+        let Replica {
+            remote,
+            mount,
+            dir,
+            disk,
+            ..
+        } = replica;
+        disk.close().await.unwrap();
+        let catalog = rusqlite::Connection::open(dir.path().join("cache/catalog.sqlite")).unwrap();
+        let later = "UPDATE objects SET checked_at = checked_at + 1000 * ?1";
+        assert_eq!(catalog.execute(later, [put_back]), Ok(1));
+        drop(catalog);
+        let replica = Replica::over(remote, mount, dir, MinFree::Bytes(0));
+        let stale = replica.open(None).await.map(|opened| opened.trace.stale);
+        assert_eq!(stale.is_ok(), answers, "{put_back}");
+        // What is young enough grows older from here on, whatever the wall clock says.
+        pass(Duration::from_mins(6)).await;
+        assert!(replica.open(None).await.is_err(), "{put_back}");
+    }
+}

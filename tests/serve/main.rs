@@ -20,6 +20,7 @@
 
 mod again;
 mod faults;
+mod lengths;
 mod rot;
 mod semantics_doc;
 mod world;

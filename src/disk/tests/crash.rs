@@ -583,6 +583,7 @@ async fn whenever_the_power_goes_no_row_is_without_its_data() {
     tier.flush().await.unwrap();
     recorder.promise("bad", range(0, SEGMENT));
     for block in 0..5 {
+        tier.purge(PurgeTarget::Key(key("grown"))).await.unwrap();
         put(&tier, "grown", BLOCK * (2 + block)).await;
         tier.flush().await.unwrap();
     }

@@ -1,12 +1,8 @@
 //! What the tier takes of the disk: bytes, files, and the catalog's log.
 
-use super::super::catalog::{Catalog, LOG_MOVED_FROM, LOG_PAGES};
+use super::super::catalog::{Catalog, LOG_MOVED_FROM, LONGEST_LOG};
 use super::super::whole::Whole;
 use super::*;
-
-/// No longer than what makes a commit move the log, and the transaction that was one too many. 4,120 bytes are a page and
-/// its head; transactions here have some hundred pages at most.
-const LONGEST_LOG: u64 = (LOG_PAGES as u64 + 512) * 4120;
 
 fn log_of(dir: &Path) -> u64 {
     fs::metadata(dir.join("catalog.sqlite-wal")).map_or(0, |log| log.len())
@@ -22,13 +18,36 @@ fn commits_bound_the_catalogs_log_by_themselves() {
     for count in 0..2000 {
         let name = key(&format!("object {count}"));
         let (stored, _) = db
-            .admit(&name, &representation("a", 8), SEGMENT, BLOCK)
+            .admit(&name, &representation("a", 8), SEGMENT, BLOCK, false)
             .unwrap();
         db.set_whole(stored.id, &Whole::None).unwrap();
         longest = longest.max(log_of(dir.path()));
     }
     assert!(longest > LOG_MOVED_FROM, "{longest}: this tests nothing");
     assert!(longest < LONGEST_LOG, "{longest}");
+}
+
+/// Less room than the log may take is none: what the cache holds gives way, once the catalog cannot be written.
+#[tokio::test]
+async fn a_disk_that_cannot_take_the_longest_log_is_full() {
+    let dir = tempfile::tempdir().unwrap();
+    let available = Arc::new(AtomicU64::new(u64::MAX));
+    let left = Arc::clone(&available);
+    let seams = Seams {
+        file_system: Box::new(move |_| {
+            Ok(Space {
+                total: 1 << 40,
+                available: left.load(Ordering::Relaxed),
+                files: u64::MAX,
+            })
+        }),
+        ..Seams::default()
+    };
+    let tier = DiskTier::open_with(config(dir.path()), seams).unwrap();
+    for (room, full) in [(LONGEST_LOG, false), (LONGEST_LOG - 1, true)] {
+        available.store(room, Ordering::Relaxed);
+        assert_eq!(tier.shared.is_full(), full, "{room}");
+    }
 }
 
 /// Admissions, batches, checksums of wholes, passes of the scrubber, evictions: whatever commits, and beside whom.

@@ -54,6 +54,9 @@ pub struct PutOptions {
     pub metadata: BTreeMap<String, String>,
     /// `Last-Modified`, down to the second; now where absent.
     pub last_modified: Option<SystemTime>,
+    /// `ETag`, quotes included, as of a server that has given it to other bytes before; the MD5 of the bytes where absent, as on
+    /// S3. Only for what is put from within.
+    pub etag: Option<String>,
 }
 
 /// What a write made.
@@ -486,7 +489,7 @@ impl Store {
         let payload = Payload::in_memory(bytes.clone());
         let checksum = payload.checksum(ChecksumAlgorithm::Crc64Nvme);
         let label = Label {
-            etag: payload.etag(),
+            etag: options.etag.clone().unwrap_or_else(|| payload.etag()),
             checksum: checksum.as_ref().map(StoredChecksum::full),
         };
         store.put(
