@@ -37,6 +37,7 @@ mod flights;
 
 use std::num::NonZeroU64;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -58,7 +59,7 @@ use crate::disk::{
     WriterView,
 };
 use crate::object::{ObjectKey, Representation, Revision};
-use crate::origin::{Download, Origin, Origins};
+use crate::origin::{self, Download, Origin, Origins};
 use crate::remote::{Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TRACEPARENT};
 use crate::semantics::ByteRange;
 use crate::telemetry::Metrics;
@@ -613,6 +614,10 @@ impl Filler {
 /// The budget is counted in units of this many bytes, because a semaphore's permits are 32 bits.
 const PERMIT: u64 = 64 * 1024;
 
+/// How long bytes that do not fill a step of the writer wait for more: a stream of 3 MB/s fills one in this time, and who
+/// follows a slower one hardly notices.
+const HELD_BACK: Duration = Duration::from_millis(20);
+
 /// One flight's work.
 struct Task {
     filler: Arc<Filler>,
@@ -678,19 +683,16 @@ impl Task {
         let (answered, mut writer) = self.admit(representation, reservation).await?;
         let mut source = Source {
             download,
-            flight: Arc::clone(&self.flight),
-            answered: answered.clone(),
-            told: None,
+            followers: Followers {
+                flight: Arc::clone(&self.flight),
+                answered: answered.clone(),
+                told: None,
+            },
         };
-        while source
-            .download
-            .ready(&wanted)
-            .await
-            .map_err(FillError::Remote)?
-        {
+        while source.wait(&mut writer, &wanted).await? {
             // The thread that writes reads as well, so no bytes wait in memory for their turn.
             source = writer.pull(source, Source::next).await.map_err(disk)?;
-            source.tell();
+            source.followers.tell();
         }
         Ok(answered)
     }
@@ -749,25 +751,53 @@ impl Task {
 /// A download on its way to the disk, and who hears of it.
 struct Source {
     download: Download,
-    flight: Arc<Flight>,
-    answered: Answered,
-    /// The cursor that the followers know of; `None` before they know of the answer.
-    told: Option<u64>,
+    followers: Followers,
 }
 
 impl Source {
+    /// Waits for more. `false`: that was all. What the writer holds back is written when more is not there soon.
+    async fn wait(
+        &mut self,
+        writer: &mut BlockWriter,
+        wanted: origin::Wanted<'_>,
+    ) -> Result<bool, FillError> {
+        let mut more = pin!(self.download.ready(wanted));
+        if writer.holds_back() {
+            if let Ok(more) = tokio::time::timeout(HELD_BACK, more.as_mut()).await {
+                return more.map_err(FillError::Remote);
+            }
+            writer.flush().await.map_err(disk)?;
+            self.followers.tell();
+        }
+        more.await.map_err(FillError::Remote)
+    }
+
     fn next(&mut self) -> Option<Bytes> {
         // Once before the turn is over: somebody may be waiting for the first byte. Each time would wake the followers more
         // often than they can send.
-        if self.told.is_none() && self.answered.view.cursor() > self.flight.span.start {
-            self.tell();
+        if self.followers.have_news_of_the_first_bytes() {
+            self.followers.tell();
             // Who has been told may share this core, and would begin when this turn is over.
             std::thread::yield_now();
         }
         self.download.at_hand()
     }
+}
 
-    /// Tells the followers how far the writer is.
+/// Who sends what a writer has written.
+struct Followers {
+    flight: Arc<Flight>,
+    answered: Answered,
+    /// The cursor that they know of; `None` before they know of the answer.
+    told: Option<u64>,
+}
+
+impl Followers {
+    fn have_news_of_the_first_bytes(&self) -> bool {
+        self.told.is_none() && self.answered.view.cursor() > self.flight.span.start
+    }
+
+    /// Tells them how far the writer is.
     fn tell(&mut self) {
         let cursor = self.answered.view.cursor();
         match self.told.replace(cursor) {

@@ -686,6 +686,76 @@ async fn a_writer_pulls_a_turn_at_a_time_and_nothing_where_no_file_can_be_made()
     );
 }
 
+/// Each block of `steps` steps.
+fn with_long_blocks(dir: &Path, steps: u64) -> Arc<DiskTier> {
+    let config = DiskConfig {
+        capacity: 64 << 20,
+        block_size: steps * writer::WRITE_STEP,
+        ..config(dir)
+    };
+    DiskTier::open(config).unwrap()
+}
+
+#[tokio::test]
+async fn whole_steps_are_written_however_the_bytes_come() {
+    const STEP: u64 = writer::WRITE_STEP;
+    const SIZE: u64 = 11 * STEP + 100;
+    let dir = tempfile::tempdir().unwrap();
+    let tier = with_long_blocks(dir.path(), 4);
+    let held = admit(&tier, "x", SIZE).await;
+    let bytes = Bytes::from(body("x", SIZE));
+    let reservation = tier.reserve(SIZE).await.unwrap();
+    let mut writer = held.writer(range(0, SIZE), reservation);
+    let view = writer.view();
+    let mut given = 0;
+    let mut turn = 0;
+    while given < SIZE {
+        // From much less than a step to more than one.
+        let len = [100, 7777, STEP - 1, 3 * STEP + 5][turn % 4].min(SIZE - given);
+        let frame = bytes.slice(given as usize..(given + len) as usize);
+        writer
+            .pull(VecDeque::from([frame]), VecDeque::pop_front)
+            .await
+            .unwrap();
+        given += len;
+        turn += 1;
+        let cursor = view.cursor();
+        if turn == 1 || given == SIZE {
+            assert_eq!(cursor, given, "the first bytes and the last wait for none");
+        } else {
+            assert_eq!(cursor, (given - given % STEP).max(100));
+        }
+        assert_eq!(writer.holds_back(), cursor < given);
+    }
+    assert_holds(&held, "x", range(0, SIZE)).await;
+}
+
+#[tokio::test]
+async fn what_is_held_back_is_written_when_it_is_asked_for() {
+    const STEP: u64 = writer::WRITE_STEP;
+    let dir = tempfile::tempdir().unwrap();
+    let tier = with_long_blocks(dir.path(), 2);
+    let held = admit(&tier, "x", 2 * STEP).await;
+    let bytes = Bytes::from(body("x", 2 * STEP));
+    let reservation = tier.reserve(2 * STEP).await.unwrap();
+    let mut writer = held.writer(range(0, 2 * STEP), reservation);
+    let view = writer.view();
+    for (given, held_back) in [(1, false), (1000, true), (STEP + 10, true)] {
+        let frame = bytes.slice(view.cursor() as usize..given as usize);
+        let frames = VecDeque::from([frame]);
+        writer.pull(frames, VecDeque::pop_front).await.unwrap();
+        assert_eq!(writer.holds_back(), held_back);
+        writer.flush().await.unwrap();
+        assert!(!writer.holds_back());
+        assert_eq!(view.cursor(), given);
+        let extent = view.extent(range(0, given)).unwrap();
+        assert!(bytes_of(&extent) == bytes[..given as usize]);
+    }
+    let rest = bytes.slice(STEP as usize + 10..);
+    writer.write(vec![rest]).await.unwrap();
+    assert_holds(&held, "x", range(0, 2 * STEP)).await;
+}
+
 #[tokio::test]
 async fn a_purged_revision_takes_no_more_bytes_and_its_successor_is_another() {
     let dir = tempfile::tempdir().unwrap();

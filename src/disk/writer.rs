@@ -5,13 +5,17 @@
 //! a file is written by one writer, once. At each block's start it spends reservation, at its end
 //! the block is covered in memory and queued for the durability thread.
 //!
+//! The kernel keeps what one write brings to an aligned stretch in one piece, a large folio, and each warm read pays for
+//! every piece that it touches. So bytes are written in whole steps, however they came: what does not fill one is put
+//! aside until more comes, or until [`BlockWriter::flush`] ends the wait.
+//!
 //! Its [`WriterView`] lets others send up to the cursor, in the middle of a block too: those bytes are in the
 //! page cache and will not change. A block that the writer leaves unfinished stays claimed: it can
 //! never be completed in that file, and whoever fetches it again gets another one.
 
 use std::collections::VecDeque;
 use std::fs::OpenOptions;
-use std::io;
+use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -29,9 +33,9 @@ use super::sums::SumDigest;
 use super::watch::Watch;
 use crate::semantics::ByteRange;
 
-/// Bytes of one `pwrite`. A large one holds the inode's lock against senders: 1 MiB stalled
+/// Bytes of one write. A large one holds the inode's lock against senders: 1 MiB stalled
 /// sendfile by 2.4 ms (p99), 64 KiB by 0.09 ms.
-const WRITE_STEP: u64 = 64 << 10;
+pub(super) const WRITE_STEP: u64 = 64 << 10;
 
 /// Bytes of one turn on a thread that may block: a fraction of a millisecond, after which those who follow hear of
 /// them.
@@ -68,8 +72,10 @@ impl BlockWriter {
         Self {
             cursor: Some(Cursor {
                 held,
+                start: range.start(),
                 at: range.start(),
                 end: range.end(),
+                aside: Vec::new(),
                 reservation,
                 digest: SumDigest::default(),
                 segment: None,
@@ -80,10 +86,11 @@ impl BlockWriter {
         }
     }
 
-    /// Appends what `next` takes from `source`, until it has nothing more or [`PULL`] bytes are written, and gives
+    /// Appends what `next` takes from `source`, until it has nothing more or [`PULL`] bytes are taken, and gives
     /// `source` back. It is asked on the thread that writes, off the runtime's workers, so it may read sockets, but must
     /// not wait. The cursor moves as the bytes reach the page cache. Blocks completed on the way are covered in memory
-    /// at once and committed later (data synced first).
+    /// at once and committed later (data synced first). The first bytes are written as they come; of later ones the
+    /// last may be [held back](Self::holds_back).
     ///
     /// Cancelling leaves bytes to be written or not, and the writer fit only to be dropped.
     ///
@@ -100,12 +107,7 @@ impl BlockWriter {
         mut source: S,
         next: fn(&mut S) -> Option<Bytes>,
     ) -> Result<S, DiskError> {
-        let mut cursor = self
-            .cursor
-            .take()
-            .expect("the last write completed, as the contract demands");
-        let limit = self.watch.limits.write;
-        let written = self.watch.run("write to a segment", limit, move || {
+        self.run(move |cursor| {
             if cursor.segment.is_none() && cursor.at < cursor.end {
                 // Before a byte is taken: where the disk takes no new file, nothing is lost but the source.
                 cursor.enter()?;
@@ -116,23 +118,69 @@ impl BlockWriter {
             {
                 cursor.write(&bytes)?;
             }
-            Ok((cursor, source))
-        });
-        let (cursor, source) = written.await?;
-        self.cursor = Some(cursor);
-        Ok(source)
+            Ok(source)
+        })
+        .await
     }
 
-    /// Appends bytes that are there already, as [`BlockWriter::pull`] does.
+    /// Whether bytes wait for those that follow them, to be written together: fewer than 64 KiB.
+    pub fn holds_back(&self) -> bool {
+        let cursor = self.cursor.as_ref();
+        cursor.is_some_and(|cursor| !cursor.aside.is_empty())
+    }
+
+    /// Writes what is held back.
     ///
     /// # Errors
+    /// As [`BlockWriter::pull`].
+    ///
+    /// # Panics
+    /// As there.
+    pub async fn flush(&mut self) -> Result<(), DiskError> {
+        self.run(|cursor| {
+            while !cursor.aside.is_empty() {
+                cursor.step(&[])?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Appends bytes that are there already, as [`BlockWriter::pull`] does, and holds nothing back.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Panics
     /// As there.
     pub async fn write(&mut self, chunks: Vec<Bytes>) -> Result<(), DiskError> {
         let mut chunks = VecDeque::from(chunks);
         while !chunks.is_empty() {
             chunks = self.pull(chunks, VecDeque::pop_front).await?;
         }
+        if self.holds_back() {
+            self.flush().await?;
+        }
         Ok(())
+    }
+
+    /// Has `work` done on a thread that may block.
+    async fn run<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut Cursor) -> Result<T, DiskError> + Send + 'static,
+    ) -> Result<T, DiskError> {
+        let mut cursor = self
+            .cursor
+            .take()
+            .expect("the last write completed, as the contract demands");
+        let limit = self.watch.limits.write;
+        let written = self.watch.run("write to a segment", limit, move || {
+            let result = work(&mut cursor)?;
+            Ok((cursor, result))
+        });
+        let (cursor, result) = written.await?;
+        self.cursor = Some(cursor);
+        Ok(result)
     }
 
     /// A shared view for those who send behind the cursor.
@@ -183,14 +231,25 @@ impl WriterView {
 /// The writing half: lives on the blocking pool while a write is under way.
 struct Cursor {
     held: Arc<HeldRevision>,
+    start: u64,
+    /// Up to where it is written.
     at: u64,
     end: u64,
+    /// What was taken beyond it: less than up to the end of the step. A copy, so that no buffer is kept for it.
+    aside: Vec<u8>,
     reservation: Reservation,
     /// Over the bytes of the block under way.
     digest: SumDigest,
     /// The segment that `at` lies in, once entered.
     segment: Option<Entered>,
     view: Arc<WriterView>,
+}
+
+/// A block of the revision, in bytes of it.
+struct Block {
+    index: u32,
+    start: u64,
+    end: u64,
 }
 
 struct Entered {
@@ -202,41 +261,63 @@ struct Entered {
 }
 
 impl Cursor {
+    /// Writes whole steps, and puts aside what is over.
     fn write(&mut self, mut bytes: &[u8]) -> Result<(), DiskError> {
         while !bytes.is_empty() {
-            assert!(self.at < self.end, "more bytes than the writer's range");
+            let reached = self.at + self.aside.len() as u64;
+            assert!(reached < self.end, "more bytes than the writer's range");
+            if self.segment.is_none() {
+                self.enter()?;
+            }
+            // Somebody may be waiting for the first ones.
+            let is_first = self.at == self.start;
+            if !is_first && self.step_end() - reached > bytes.len() as u64 {
+                self.aside.extend_from_slice(bytes);
+                break;
+            }
             let written = self.step(bytes)?;
             bytes = &bytes[written..];
         }
         Ok(())
     }
 
-    /// One `pwrite`, within one block. Returns what of `bytes` it took.
-    fn step(&mut self, bytes: &[u8]) -> Result<usize, DiskError> {
-        if self.segment.is_none() {
-            self.enter()?;
+    /// The block that `at` lies in. A segment has been entered.
+    fn block(&self) -> Block {
+        let g = self.held.geometry;
+        let segment = self.segment.as_ref().expect("entered");
+        let index = g.block_of(self.at);
+        Block {
+            index,
+            start: g.blocks_end(segment.key.idx, index),
+            end: g.blocks_end(segment.key.idx, index + 1),
         }
+    }
+
+    /// The next multiple of a step, since the kernel makes large folios only where they are aligned, or the block's end.
+    fn step_end(&self) -> u64 {
+        (self.at - self.at % WRITE_STEP + WRITE_STEP).min(self.block().end)
+    }
+
+    /// One write, of what was put aside and what of `bytes` belongs to the same step. Returns how much of `bytes` that was.
+    fn step(&mut self, bytes: &[u8]) -> Result<usize, DiskError> {
+        let block = self.block();
         let held = Arc::clone(&self.held);
-        let g = held.geometry;
-        let segment = self.segment.as_ref().expect("entered above");
-        let block = g.block_of(self.at);
-        let block_start = g.blocks_end(segment.key.idx, block);
-        let block_end = g.blocks_end(segment.key.idx, block + 1);
-        if self.at == block_start
-            && !self
-                .reservation
-                .spend(segment.file.charge(), g.taken(block_end - block_start))
+        let segment = self.segment.as_ref().expect("entered");
+        if self.at == block.start
+            && !self.reservation.spend(
+                segment.file.charge(),
+                held.geometry.taken(block.end - block.start),
+            )
         {
             return Err(DiskError::NoRoom);
         }
-        // To the next multiple of a step, however the bytes came: the kernel makes large pages only where they are
-        // aligned.
-        let step = (WRITE_STEP - self.at % WRITE_STEP).min(block_end - self.at);
-        let room = usize::try_from(step).unwrap_or(usize::MAX);
+        let room = usize::try_from(self.step_end() - self.at).unwrap_or(usize::MAX);
+        let room = room - self.aside.len();
         let bytes = &bytes[..bytes.len().min(room)];
-        let offset = self.at - g.segment_start(segment.key.idx);
+        let slices = [IoSlice::new(&self.aside), IoSlice::new(bytes)];
+        let offset = self.at - held.geometry.segment_start(segment.key.idx);
         let written = loop {
-            match rustix::io::pwrite(segment.file.file(), bytes, offset) {
+            match rustix::io::pwritev(segment.file.file(), &slices, offset) {
                 Err(rustix::io::Errno::INTR) => {}
                 Ok(0) => break Err(io::ErrorKind::WriteZero.into()),
                 other => break other.map_err(io::Error::from),
@@ -249,13 +330,17 @@ impl Cursor {
         })?;
         held.shared.reached(Step::BytesWritten);
         held.shared.trouble.over();
-        self.digest.update(&bytes[..written]);
+        let from_aside = written.min(self.aside.len());
+        let taken = written - from_aside;
+        self.digest.update(&self.aside[..from_aside]);
+        self.digest.update(&bytes[..taken]);
+        self.aside.drain(..from_aside);
         self.at += written as u64;
         self.view.cursor.store(self.at, Ordering::Release);
-        if self.at == block_end {
-            self.complete(block, block_end - block_start)?;
+        if self.at == block.end {
+            self.complete(block.index, block.end - block.start)?;
         }
-        Ok(written)
+        Ok(taken)
     }
 
     /// Finds or makes the file for the segment that `at` lies in, and claims the blocks.

@@ -149,7 +149,8 @@ impl Download {
         &self.representation
     }
 
-    /// Waits until [`Download::at_hand`] may have something. `false`: everything has been handed on. Cancel safe.
+    /// Waits until [`Download::at_hand`] may have something. `false`: everything has been handed on.
+    /// Dropping the future loses a retry that is under way.
     ///
     /// # Errors
     /// What ended it before its end: an error that asking again did not mend, or [`RemoteErrorKind::Mismatch`] where the

@@ -690,6 +690,25 @@ async fn the_first_bytes_are_told_of_while_more_are_at_hand() {
 }
 
 #[tokio::test]
+async fn what_does_not_fill_a_step_is_told_of_when_the_remote_pauses() {
+    let world = World::new(PART, 1);
+    let (gate, at) = (Gate::new(), PART / 2 + BLOCK / 2 + 1);
+    let stall = Effect::Stall {
+        at,
+        gate: gate.clone(),
+    };
+    world.remote.on(Op::Read, 1, stall);
+    let follows = world.join(0, PART);
+    let sent = soon(world.send(follows, range(0, at))).await.unwrap();
+    assert!(sent == world.slice(0, at));
+    let reads = world.remote.count(Op::Read);
+    assert_eq!(reads, 1, "it was given up before its bytes were told of");
+    gate.open();
+    let sent = soon(world.fetch(0, PART)).await.unwrap();
+    assert!(sent == world.slice(0, PART));
+}
+
+#[tokio::test]
 async fn a_labelled_suffix_keeps_its_whole_blocks() {
     let size = 3 * BLOCK + 100;
     let world = World::new(size, 1);
