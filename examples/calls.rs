@@ -29,6 +29,7 @@ const JOINED: u64 = 64 << 10;
 const SLICE: u64 = 1 << 20;
 const BURST: u64 = 4 << 20;
 const UNSENT: u32 = 1 << 20;
+const LENT: u32 = 3 << 20;
 /// nginx's `sendfile_max_chunk`.
 const NGINX_SLICE: u64 = 2 << 20;
 
@@ -63,6 +64,8 @@ struct Calls {
 
 struct Connection {
     tcp: TcpStream,
+    /// It was found full once, and holds more since.
+    is_wide: bool,
     /// What is left to send of the range.
     at: u64,
     end: u64,
@@ -143,7 +146,12 @@ impl Calls {
             };
             asked = self.begin(connection, &request[..read])?;
         }
-        let Connection { tcp, at, end } = connection;
+        let Connection {
+            tcp,
+            is_wide,
+            at,
+            end,
+        } = connection;
         let is_nginx = self.way == Way::Nginx;
         let mut burst = 0;
         while at < end {
@@ -158,6 +166,10 @@ impl Calls {
             match rustix::fs::sendfile(&*tcp, &self.file, Some(at), slice) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(sent) => burst += sent as u64,
+                Err(Errno::AGAIN) if !is_nginx && !*is_wide => {
+                    socket2::SockRef::from(&*tcp).set_tcp_notsent_lowat(UNSENT + LENT)?;
+                    *is_wide = true;
+                }
                 Err(Errno::AGAIN) => break,
                 Err(error) => return Err(error.into()),
             }
@@ -167,7 +179,7 @@ impl Calls {
 
     /// Writes the head and what is copied of the range. Whether the page cache was asked for the rest.
     fn begin(&self, connection: &mut Connection, request: &[u8]) -> io::Result<bool> {
-        let Connection { tcp, at, end } = connection;
+        let Connection { tcp, at, end, .. } = connection;
         let range = range(request);
         (*at, *end) = range.unwrap_or((0, self.size));
         let head = self.head(range, *end - *at);
@@ -237,8 +249,12 @@ fn accept(
         let data = epoll::EventData::new_u64(connections.len() as u64);
         let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
         epoll::add(epoll, &tcp, data, flags)?;
-        let (at, end) = (0, 0);
-        connections.push(Some(Connection { tcp, at, end }));
+        connections.push(Some(Connection {
+            tcp,
+            is_wide: false,
+            at: 0,
+            end: 0,
+        }));
     }
 }
 

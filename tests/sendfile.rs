@@ -909,6 +909,21 @@ async fn a_client_that_takes_nothing_is_cut_at_the_progress_timeout() {
     assert_same(&body, &server.content[..body.len()]);
 }
 
+/// One of few connections, so that the kernel can send on without us for long.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_socket_found_full_may_hold_more() {
+    let mut server =
+        Server::with(|limits| limits.timeouts.progress = Duration::from_millis(300)).await;
+    let mut client = server.connect_narrow().await;
+    client.send("/whole/0-99999999").await;
+    client.head().await;
+    let end = server.end().await;
+    assert_eq!(end.abort.unwrap().reason, "client_stalled");
+    // Its window is some KiB.
+    assert!(end.from_files > 3 << 19, "{} bytes", end.from_files);
+    assert!(end.from_files < 5 << 20, "{} bytes", end.from_files);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_takes_a_little_now_and_then_is_cut_as_well() {
     let mut server = Server::with(|limits| {

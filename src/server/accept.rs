@@ -56,8 +56,9 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use super::body::ResponseBody;
-use super::io::{self as socket, Cut, Expecting, SendQueue, SendfileIo, Standing, Timeouts};
+use super::io::{Cut, Expecting, SendQueue, SendfileIo, Standing, Timeouts};
 use super::page_in::PageIn;
+use super::unsent;
 
 /// What answers requests.
 pub trait Handler: Send + Sync + 'static {
@@ -157,7 +158,7 @@ impl<H: Handler> Acceptor<H> {
     /// # Panics
     /// If `limits.max_head` is less than 8192.
     pub fn new(listener: TcpListener, handler: Arc<H>, limits: Limits, page_in: PageIn) -> Self {
-        if let Err(error) = socket::prepare(&listener) {
+        if let Err(error) = unsent::prepare(&listener) {
             tracing::warn!(%error, "a client that stalls may cost the kernel more memory: what waits in its socket is not limited");
         }
         let mut http = http1::Builder::new();
@@ -196,6 +197,7 @@ impl<H: Handler> Acceptor<H> {
         let serving = Arc::new(Serving {
             handler: Arc::clone(&handler),
             page_in,
+            unsent: unsent::Pool::of_this_machine(),
             http,
             timeouts: limits.timeouts,
             guests: Guests::default(),
@@ -257,6 +259,7 @@ impl<H: Handler> Acceptor<H> {
 struct Serving<H> {
     handler: Arc<H>,
     page_in: PageIn,
+    unsent: unsent::Pool,
     http: http1::Builder,
     timeouts: Timeouts,
     guests: Guests,
@@ -295,6 +298,7 @@ impl<H: Handler> Serving<H> {
             tcp,
             info.queue.clone(),
             self.page_in.clone(),
+            &self.unsent,
             self.timeouts,
             self.ending.clone(),
         );

@@ -62,9 +62,10 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use hyper::rt::ReadBufCursor;
 use parking_lot::Mutex;
+use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 
 use super::accept::Ending;
@@ -73,6 +74,7 @@ use super::body::{BodyObserver, Delivery};
 use super::outq::unacknowledged;
 use super::page_in::{Hangs, PageIn};
 use super::rescue::Rescue;
+use super::unsent::{Loan, Pool};
 use crate::disk::FileExtent;
 use crate::payload::{Payload, Way};
 use crate::semantics::ByteRange;
@@ -94,26 +96,12 @@ const FEW: usize = 4;
 /// Tokio's own budget counts calls, and 128 slices would be thirty times as much.
 const BURST: u64 = 4 << 20;
 
-/// Most bytes that wait in a socket's buffer without being on their way (`TCP_NOTSENT_LOWAT`); the socket takes
-/// more when half of them are. So a stalled client costs the kernel no more than this beyond its window, and one of many
-/// that share a network gets a MiB in one go: most of our part is over with the call, the client's acknowledgements have
-/// the kernel send on.
-const UNSENT: u32 = 1 << 20;
-
 /// How long a client may take over what it still sends when its connection is to end: more than the round trip
 /// that tells it of the end.
 const LINGER: Duration = Duration::from_secs(2);
 
 /// Most of that which is taken. Nothing that has a reason to be sent here is longer.
 const LINGER_BYTES: usize = 1 << 20;
-
-/// Sets what all connections of a listener inherit: [`UNSENT`].
-///
-/// # Errors
-/// The system's, which does not happen on Linux.
-pub(super) fn prepare(listener: &TcpListener) -> io::Result<()> {
-    socket2::SockRef::from(listener).set_tcp_notsent_lowat(UNSENT)
-}
 
 /// Stands in hyper's slice list where a file extent belongs. Not a `const` and not empty: its
 /// address is its meaning.
@@ -488,6 +476,8 @@ pub struct SendfileIo {
     tcp: TcpStream,
     queue: SendQueue,
     page_in: PageIn,
+    /// What the socket may hold more than others.
+    loan: Loan,
     /// A stretch at the front of the queue that is being read into the page cache.
     loading: Option<BoxFuture<'static, Result<(), Hangs>>>,
     /// What is sent in the place of the extent at the front of the queue, since its file failed.
@@ -511,10 +501,11 @@ pub struct SendfileIo {
 impl SendfileIo {
     /// Wraps an accepted socket; `TCP_NODELAY` is the caller's business. Bodies sent through it
     /// must be built with the same `queue`.
-    pub fn new(
+    pub(super) fn new(
         tcp: TcpStream,
         queue: SendQueue,
         page_in: PageIn,
+        unsent: &Pool,
         timeouts: Timeouts,
         ending: Ending,
     ) -> Self {
@@ -522,6 +513,7 @@ impl SendfileIo {
             tcp,
             queue,
             page_in,
+            loan: unsent.loan(),
             loading: None,
             rescue: None,
             timeouts,
@@ -833,11 +825,17 @@ impl SendfileIo {
                 self.loading = Some(self.page_in.load(extent.clone(), len));
                 continue;
             }
-            let result = self.tcp.try_io(Interest::WRITABLE, || {
+            let send = || {
                 let mut offset = extent.offset();
                 let file = extent.file().file();
                 rustix::fs::sendfile(&self.tcp, file, Some(&mut offset), to_usize(len))
-                    .map_err(io::Error::from)
+            };
+            let result = self.tcp.try_io(Interest::WRITABLE, || {
+                let sent = match send() {
+                    Err(Errno::AGAIN) if self.loan.extend(&self.tcp) => send(),
+                    sent => sent,
+                };
+                sent.map_err(io::Error::from)
             });
             match result {
                 Ok(0) => {
@@ -991,6 +989,7 @@ pub(super) fn to_usize(len: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use tokio::io::AsyncReadExt;
+    use tokio::net::TcpListener;
 
     use super::*;
 
@@ -1068,7 +1067,15 @@ mod tests {
             idle: Duration::from_mins(1),
             ..TIMEOUTS
         };
-        let mut io = SendfileIo::new(server, queue.clone(), page_in, timeouts, ending.clone());
+        let unsent = Pool::of_this_machine();
+        let mut io = SendfileIo::new(
+            server,
+            queue.clone(),
+            page_in,
+            &unsent,
+            timeouts,
+            ending.clone(),
+        );
         for (announced, repeated) in [(false, None), (false, Some(2)), (true, None)] {
             if announced {
                 ending.announce();
