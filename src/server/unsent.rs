@@ -31,7 +31,7 @@ const LEAST: u64 = 256 << 10;
 /// The part of what the pool has left that a socket gets at most.
 const SHARE: u64 = 64;
 
-/// The part of `tcp_mem`'s first threshold, below which the kernel does not care who has how much, that is lent out.
+/// One part in so many is lent out of `tcp_mem`'s first threshold, below which the kernel does not care who has how much.
 const PART: u64 = 4;
 
 /// Sets what all connections of a listener inherit: [`UNSENT`].
@@ -47,10 +47,11 @@ pub(super) fn prepare(listener: &TcpListener) -> io::Result<()> {
 pub(super) struct Pool(Arc<AtomicU64>);
 
 impl Pool {
-    /// A quarter of what the kernel lends to TCP without a care; nothing where it does not say.
+    /// A [`PART`] of what the kernel lends to TCP without a care.
     pub(super) fn of_this_machine() -> Self {
-        let limits = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_mem");
-        Self::of(limits.map_or(0, |limits| lendable(&limits)))
+        let limits = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_mem").ok();
+        let limit = limits.as_deref().and_then(first_threshold);
+        Self::of(limit.unwrap_or_else(default_threshold) / PART)
     }
 
     fn of(bytes: u64) -> Self {
@@ -66,15 +67,17 @@ impl Pool {
     }
 }
 
-/// Of `tcp_mem`: three thresholds, in pages.
-fn lendable(limits: &str) -> u64 {
-    let pages = limits
-        .split_whitespace()
-        .next()
-        .and_then(|pages| pages.parse::<u64>().ok());
-    pages.map_or(0, |pages| {
-        pages.saturating_mul(rustix::param::page_size() as u64) / PART
-    })
+/// Bytes, of `tcp_mem`: three thresholds, in pages.
+fn first_threshold(limits: &str) -> Option<u64> {
+    let pages: u64 = limits.split_whitespace().next()?.parse().ok()?;
+    pages.checked_mul(rustix::param::page_size() as u64)
+}
+
+/// What the kernel makes of its memory (`tcp_init_mem` in net/ipv4/tcp.c): it shows `tcp_mem` in its first network namespace
+/// only, and containers have others.
+fn default_threshold() -> u64 {
+    let memory = rustix::system::sysinfo();
+    memory.totalram * u64::from(memory.mem_unit) / 64 * 3
 }
 
 /// What a socket has of the pool. Dropping it gives that back: the socket is to be closed then.
@@ -120,12 +123,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_quarter_of_the_first_threshold_is_lent() {
+    fn the_first_threshold_counts_and_is_guessed_where_it_is_not_shown() {
         let page = rustix::param::page_size() as u64;
-        assert_eq!(lendable("287901\t383870\t575802\n"), 287_901 * page / 4);
-        for odd in ["", "none", "-1 2 3"] {
-            assert_eq!(lendable(odd), 0, "{odd:?}");
+        let limits = first_threshold("287901\t383870\t575802\n");
+        assert_eq!(limits, Some(287_901 * page));
+        for odd in ["", "none", "-1 2 3", "18446744073709551615 1 1"] {
+            assert_eq!(first_threshold(odd), None, "{odd:?}");
         }
+        assert!(default_threshold() > 0);
     }
 
     #[tokio::test]
