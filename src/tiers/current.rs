@@ -31,8 +31,8 @@ use crate::semantics::{RangeSpec, RequestHead, Verdict, evaluate};
 /// the most, whatever strangers ask for (P12); a key that fell out is looked up in the catalog.
 const LABELS: NonZeroUsize = NonZeroUsize::new(65_536).expect("not zero");
 
-/// How often an unchanged label is written to the catalog again. It only has to be right within
-/// `stale_if_error` after a restart, and a disk hit writes nothing (P7).
+/// How often an unchanged label is written to the catalog again, or four times in `stale_if_error` where that is shorter:
+/// it only has to be right within that after a restart, and a disk hit writes nothing (P7).
 const PERSIST_EVERY: Duration = Duration::from_mins(1);
 
 /// A `Last-Modified` this much in the past when it was seen names one upload: it counts whole seconds, and the
@@ -474,10 +474,8 @@ impl Tiers {
             &known.label,
             Some((Label::Present(before), _)) if before.validator == representation.validator
         );
-        let persist = !unchanged
-            || known
-                .persisted
-                .is_none_or(|last| last.elapsed() > PERSIST_EVERY);
+        let every = PERSIST_EVERY.min(target.get.mount.stale_if_error / 4);
+        let persist = !unchanged || known.persisted.is_none_or(|last| last.elapsed() > every);
         *known = Known {
             label: Some((Label::Present(Arc::clone(representation)), Some(asked))),
             confirmed: Some(Confirmed::now()),

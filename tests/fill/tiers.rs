@@ -412,6 +412,35 @@ async fn what_may_answer_in_an_outage_grows_old_by_a_clock_that_does_not_jump() 
 }
 
 #[tokio::test]
+async fn a_confirmation_is_written_down_well_within_the_time_it_counts_for() {
+    let Replica { remote, mount, .. } = Replica::new(Duration::from_secs(2));
+    let dir = Arc::new(TempDir::new().unwrap());
+    let mount = Arc::new(Mount {
+        path: mount.path.clone(),
+        prefix: mount.prefix.clone(),
+        remote: Arc::clone(&mount.remote),
+        stale_if_error: Duration::from_secs(20),
+        ..*mount
+    });
+    let replica = Replica::over(remote, mount, dir, MinFree::Bytes(0));
+    let object = bytes(14, BLOCK);
+    replica.put(&object);
+    assert!(replica.whole(None).await == object);
+    replica.disk.flush().await.unwrap();
+    let catalog = replica.dir.path().join("cache/catalog.sqlite");
+    let catalog = rusqlite::Connection::open(catalog).unwrap();
+    let older = "UPDATE objects SET checked_at = checked_at - 3600000";
+    assert_eq!(catalog.execute(older, []), Ok(1));
+    drop(catalog);
+
+    pass(Duration::from_secs(6)).await;
+    assert!(replica.whole(None).await == object);
+    let replica = replica.restart().await;
+    replica.remote.outage(Some(RemoteErrorKind::Unavailable));
+    assert!(replica.open(None).await.unwrap().trace.stale);
+}
+
+#[tokio::test]
 async fn a_wall_clock_that_was_put_back_lets_nothing_answer_for_ever() {
     for (put_back, answers) in [(3, true), (3600, false)] {
         let replica = Replica::new(Duration::from_secs(2));
