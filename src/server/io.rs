@@ -591,6 +591,9 @@ impl SendfileIo {
                 .poll_exhausted(cx, &self.timeouts, unacknowledged)
         );
         self.queue.set_cut(Cut::Stalled);
+        // A reset, once it is closed: else the kernel would keep what is in the socket for minutes, for a client that does
+        // not take it. Where that fails, it does.
+        let _ = self.tcp.set_zero_linger();
         Poll::Ready(timed_out("the client takes too few bytes"))
     }
 
