@@ -688,6 +688,7 @@ impl Task {
                 answered: answered.clone(),
                 told: None,
             },
+            held_back: None,
         };
         while source.wait(&mut writer, &wanted).await? {
             // The thread that writes reads as well, so no bytes wait in memory for their turn.
@@ -752,10 +753,13 @@ impl Task {
 struct Source {
     download: Download,
     followers: Followers,
+    /// Up to where the writer had written when it was found to hold bytes back first, and when that was.
+    held_back: Option<(u64, Instant)>,
 }
 
 impl Source {
-    /// Waits for more. `false`: that was all. What the writer holds back is written when more is not there soon.
+    /// Waits for more. `false`: that was all. What the writer holds back is written when the step it belongs to is not filled
+    /// soon, however often a little of it comes.
     async fn wait(
         &mut self,
         writer: &mut BlockWriter,
@@ -763,7 +767,16 @@ impl Source {
     ) -> Result<bool, FillError> {
         let mut more = pin!(self.download.ready(wanted));
         if writer.holds_back() {
-            if let Ok(more) = tokio::time::timeout(HELD_BACK, more.as_mut()).await {
+            let cursor = self.followers.answered.view.cursor();
+            let since = match self.held_back {
+                Some((at, since)) if at == cursor => since,
+                _ => Instant::now(),
+            };
+            self.held_back = Some((cursor, since));
+            let left = HELD_BACK.saturating_sub(since.elapsed());
+            if !left.is_zero()
+                && let Ok(more) = tokio::time::timeout(left, more.as_mut()).await
+            {
                 return more.map_err(FillError::Remote);
             }
             writer.flush().await.map_err(disk)?;

@@ -12,6 +12,7 @@ mod tiers;
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -706,6 +707,35 @@ async fn what_does_not_fill_a_step_is_told_of_when_the_remote_pauses() {
     gate.open();
     let sent = soon(world.fetch(0, PART)).await.unwrap();
     assert!(sent == world.slice(0, PART));
+}
+
+/// It never pauses for long, so a wait that begins anew with each frame would never end.
+#[tokio::test]
+async fn what_does_not_fill_a_step_is_told_of_while_the_remote_drips() {
+    let world = World::new(PART, 1);
+    let head = Some(RangeSpec::Closed {
+        first: 0,
+        last: PART - 1,
+    });
+    let mut read = world.read_current(head).await;
+    let (object, dripped) = (world.object.clone(), Arc::new(AtomicUsize::new(0)));
+    let drips = Arc::clone(&dripped);
+    read.body = futures::stream::unfold(0, move |at| {
+        let (frame, drips) = (object.slice(at..at + 100), Arc::clone(&drips));
+        async move {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            drips.fetch_add(1, Ordering::Relaxed);
+            Some((Ok(frame), at + 100))
+        }
+    })
+    .boxed();
+    let era = world.filler.era();
+    let follow = world.filler.adopt(&world.source, read, era).unwrap();
+    let sent = soon(world.send(vec![follow], range(0, 150))).await.unwrap();
+    assert!(sent == world.slice(0, 150));
+    // A tenth of what it takes to fill a step.
+    let drips = dripped.load(Ordering::Relaxed);
+    assert!(drips < 65, "told after {drips} frames");
 }
 
 #[tokio::test]
