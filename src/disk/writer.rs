@@ -272,6 +272,7 @@ impl Cursor {
             // Somebody may be waiting for the first ones.
             let is_first = self.at == self.start;
             if !is_first && self.step_end() - reached > bytes.len() as u64 {
+                self.aside.reserve_exact(bytes.len());
                 self.aside.extend_from_slice(bytes);
                 break;
             }
@@ -334,7 +335,12 @@ impl Cursor {
         let taken = written - from_aside;
         self.digest.update(&self.aside[..from_aside]);
         self.digest.update(&bytes[..taken]);
-        self.aside.drain(..from_aside);
+        if from_aside == self.aside.len() {
+            // Its memory too: flights may be hundreds.
+            self.aside = Vec::new();
+        } else {
+            self.aside.drain(..from_aside);
+        }
         self.at += written as u64;
         self.view.cursor.store(self.at, Ordering::Release);
         if self.at == block.end {
