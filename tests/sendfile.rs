@@ -913,7 +913,7 @@ async fn a_client_that_takes_nothing_is_cut_at_the_progress_timeout() {
         }
     };
     let error = end.expect_err("an end, as if that were all");
-    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     assert!(taken.len() < content_length(&head));
     assert_same(&taken, &server.content[..taken.len()]);
 }
