@@ -60,7 +60,7 @@ use crate::disk::{
 };
 use crate::object::{ObjectKey, Representation, Revision};
 use crate::origin::{self, Download, Origin, Origins};
-use crate::remote::{Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TRACEPARENT};
+use crate::remote::{self, Guard, Remote, RemoteError, RemoteErrorKind, RemoteRead, TRACEPARENT};
 use crate::semantics::ByteRange;
 use crate::telemetry::Metrics;
 
@@ -168,15 +168,10 @@ pub struct Answered {
 impl Answered {
     /// Refuses what is of another object than the one of `size` bytes.
     fn of_size(&self, size: Option<u64>) -> Result<&Self, FillError> {
-        let now = self.held.size();
-        match size {
-            Some(size) if size != now => {
-                let validator = &self.held.revision().validator;
-                let error = RemoteError::two_lengths("read", validator, size, now);
-                Err(FillError::Remote(error))
-            }
-            Some(_) | None => Ok(self),
-        }
+        let validator = &self.held.revision().validator;
+        remote::check_length("read", validator, size, self.held.size())
+            .map_err(FillError::Remote)?;
+        Ok(self)
     }
 }
 
@@ -688,7 +683,6 @@ impl Task {
                 answered: answered.clone(),
                 told: None,
             },
-            held_back: None,
         };
         while source.wait(&mut writer, &wanted).await? {
             // The thread that writes reads as well, so no bytes wait in memory for their turn.
@@ -753,8 +747,6 @@ impl Task {
 struct Source {
     download: Download,
     followers: Followers,
-    /// Up to where the writer had written when it was found to hold bytes back first, and when that was.
-    held_back: Option<(u64, Instant)>,
 }
 
 impl Source {
@@ -766,13 +758,7 @@ impl Source {
         wanted: origin::Wanted<'_>,
     ) -> Result<bool, FillError> {
         let mut more = pin!(self.download.ready(wanted));
-        if writer.holds_back() {
-            let cursor = self.followers.answered.view.cursor();
-            let since = match self.held_back {
-                Some((at, since)) if at == cursor => since,
-                _ => Instant::now(),
-            };
-            self.held_back = Some((cursor, since));
+        if let Some(since) = writer.holds_back_since() {
             let left = HELD_BACK.saturating_sub(since.elapsed());
             if !left.is_zero()
                 && let Ok(more) = tokio::time::timeout(left, more.as_mut()).await

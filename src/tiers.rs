@@ -39,7 +39,7 @@ use crate::mount::{ForbiddenAs, Mount};
 use crate::object::{Fields, ObjectKey, Representation, Revision, Validator};
 use crate::origin::Origin;
 use crate::payload::Rescue;
-use crate::remote::{Current, RemoteError, RemoteErrorKind};
+use crate::remote::{self, Current, RemoteError, RemoteErrorKind};
 use crate::semantics::precondition::Method;
 use crate::semantics::{
     ByteRange, EntityTagList, RangeSpec, Ranges, RequestHead, Verdict, evaluate,
@@ -925,12 +925,8 @@ fn renew(held: &HeldRevision, representation: &Arc<Representation>) -> Result<()
 /// neither is answered with but where nobody has to be asked: whoever got bytes of one is not to get bytes of the other
 /// under the same name (P1).
 fn check_length(held: &HeldRevision, representation: &Representation) -> Result<(), RemoteError> {
-    let (known, said) = (held.size(), representation.size);
-    if known == said {
-        return Ok(());
-    }
     let validator = &representation.validator;
-    Err(RemoteError::two_lengths("read", validator, known, said))
+    remote::check_length("read", validator, Some(held.size()), representation.size)
 }
 
 /// The bytes a response's body has; empty where it has none.

@@ -18,6 +18,7 @@ use std::fs::OpenOptions;
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -72,10 +73,10 @@ impl BlockWriter {
         Self {
             cursor: Some(Cursor {
                 held,
-                start: range.start(),
                 at: range.start(),
                 end: range.end(),
                 aside: Vec::new(),
+                aside_since: Instant::now(),
                 reservation,
                 digest: SumDigest::default(),
                 segment: None,
@@ -90,7 +91,7 @@ impl BlockWriter {
     /// `source` back. It is asked on the thread that writes, off the runtime's workers, so it may read sockets, but must
     /// not wait. The cursor moves as the bytes reach the page cache. Blocks completed on the way are covered in memory
     /// at once and committed later (data synced first). The first bytes are written as they come; of later ones the
-    /// last may be [held back](Self::holds_back).
+    /// last may be [held back](Self::holds_back_since).
     ///
     /// Cancelling leaves bytes to be written or not, and the writer fit only to be dropped.
     ///
@@ -123,10 +124,10 @@ impl BlockWriter {
         .await
     }
 
-    /// Whether bytes wait for those that follow them, to be written together: fewer than 64 KiB.
-    pub fn holds_back(&self) -> bool {
-        let cursor = self.cursor.as_ref();
-        cursor.is_some_and(|cursor| !cursor.aside.is_empty())
+    /// Since when bytes wait for those that follow them, to be written together: fewer than 64 KiB. `None`: none wait.
+    pub fn holds_back_since(&self) -> Option<Instant> {
+        let cursor = self.cursor.as_ref()?;
+        (!cursor.aside.is_empty()).then_some(cursor.aside_since)
     }
 
     /// Writes what is held back.
@@ -158,7 +159,7 @@ impl BlockWriter {
         while !chunks.is_empty() {
             chunks = self.pull(chunks, VecDeque::pop_front).await?;
         }
-        if self.holds_back() {
+        if self.holds_back_since().is_some() {
             self.flush().await?;
         }
         Ok(())
@@ -231,12 +232,13 @@ impl WriterView {
 /// The writing half: lives on the blocking pool while a write is under way.
 struct Cursor {
     held: Arc<HeldRevision>,
-    start: u64,
     /// Up to where it is written.
     at: u64,
     end: u64,
     /// What was taken beyond it: less than up to the end of the step. A copy, so that no buffer is kept for it.
     aside: Vec<u8>,
+    /// When the first of that was.
+    aside_since: Instant,
     reservation: Reservation,
     /// Over the bytes of the block under way.
     digest: SumDigest,
@@ -270,8 +272,11 @@ impl Cursor {
                 self.enter()?;
             }
             // Somebody may be waiting for the first ones.
-            let is_first = self.at == self.start;
+            let is_first = self.at == self.view.start;
             if !is_first && self.step_end() - reached > bytes.len() as u64 {
+                if self.aside.is_empty() {
+                    self.aside_since = Instant::now();
+                }
                 self.aside.reserve_exact(bytes.len());
                 self.aside.extend_from_slice(bytes);
                 break;

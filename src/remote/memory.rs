@@ -193,18 +193,7 @@ impl MemoryRemote {
             None => self.current(&guard.key, op)?,
         };
         stored.check_match(&guard.validator, op)?;
-        if let Some(size) = guard.size
-            && size != stored.representation.size
-        {
-            return Err(RemoteError::new(
-                RemoteErrorKind::Protocol,
-                op,
-                format!(
-                    "the object has {} bytes, not {size}",
-                    stored.representation.size
-                ),
-            ));
-        }
+        guard.check_size(op, stored.representation.size)?;
         Ok(stored)
     }
 }

@@ -46,6 +46,32 @@ pub struct Guard {
     pub size: Option<u64>,
 }
 
+impl Guard {
+    /// Refuses an answer to `op` that speaks of an object of `said` bytes where another length is known.
+    ///
+    /// # Errors
+    /// [`RemoteError::two_lengths`].
+    pub fn check_size(&self, op: &'static str, said: u64) -> Result<(), RemoteError> {
+        check_length(op, &self.validator, self.size, said)
+    }
+}
+
+/// Refuses an object of `said` bytes under a validator that is `known` to name one of another length.
+///
+/// # Errors
+/// [`RemoteError::two_lengths`].
+pub fn check_length(
+    op: &'static str,
+    validator: &Validator,
+    known: Option<u64>,
+    said: u64,
+) -> Result<(), RemoteError> {
+    match known {
+        Some(known) if known != said => Err(RemoteError::two_lengths(op, validator, known, said)),
+        Some(_) | None => Ok(()),
+    }
+}
+
 /// A range read under way: the response's head has been checked, the body has not been read.
 pub struct RemoteRead {
     /// What the response said of the revision. For a guarded read its validator is the guard's.

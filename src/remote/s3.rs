@@ -306,12 +306,7 @@ impl S3Remote {
         let (head, body) = self.fetch(OP, request).await?;
         let (representation, range) = head.check_range(OP, want)?;
         head.check_validator(OP, &representation, &guard.validator)?;
-        if let Some(size) = guard.size
-            && size != representation.size
-        {
-            let said = representation.size;
-            return Err(RemoteError::two_lengths(OP, &guard.validator, size, said).into());
-        }
+        guard.check_size(OP, representation.size)?;
         let body = exact_body(body, range.len(), self.stall_timeout, OP);
         Ok(RemoteRead {
             representation,
@@ -375,12 +370,7 @@ impl S3Remote {
         let (head, _) = self.exchange(OP, sent).await?;
         let (representation, _) = head.check_whole(OP)?;
         head.check_validator(OP, &representation, &guard.validator)?;
-        if let Some(size) = guard.size
-            && size != representation.size
-        {
-            let said = representation.size;
-            return Err(RemoteError::two_lengths(OP, &guard.validator, size, said).into());
-        }
+        guard.check_size(OP, representation.size)?;
         Ok(head.checksums(&guard.validator))
     }
 
