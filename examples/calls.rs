@@ -19,17 +19,13 @@ use std::io::{self, IoSlice, IoSliceMut, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 
+use pinrange::server::io::{BURST, COPIED, JOINED, SLICE};
+use pinrange::server::unsent::{MOST, UNSENT};
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
 use rustix::io::{Errno, ReadWriteFlags};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 
-const COPIED: usize = 4 << 10;
-const JOINED: u64 = 64 << 10;
-const SLICE: u64 = 1 << 20;
-const BURST: u64 = 4 << 20;
-const UNSENT: u32 = 1 << 20;
-const LENT: u32 = 3 << 20;
 /// nginx's `sendfile_max_chunk`.
 const NGINX_SLICE: u64 = 2 << 20;
 
@@ -167,7 +163,7 @@ impl Calls {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(sent) => burst += sent as u64,
                 Err(Errno::AGAIN) if !is_nginx && !*is_wide => {
-                    socket2::SockRef::from(&*tcp).set_tcp_notsent_lowat(UNSENT + LENT)?;
+                    socket2::SockRef::from(&*tcp).set_tcp_notsent_lowat(UNSENT + MOST)?;
                     *is_wide = true;
                 }
                 Err(Errno::AGAIN) => break,

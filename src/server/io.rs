@@ -80,21 +80,21 @@ use crate::payload::{Payload, Way};
 use crate::semantics::ByteRange;
 
 /// Most bytes that one sendfile call is asked for: some 0.2 ms of a worker thread.
-const SLICE: u64 = 1 << 20;
+pub const SLICE: u64 = 1 << 20;
 
 /// The longest extent that is copied: one that costs less than the sendfile it saves. At twice the length it does not.
-const COPIED: usize = 4 << 10;
+pub const COPIED: usize = 4 << 10;
 
 /// The longest extent that what stands in front of it waits for in the socket. From 96 KiB on it costs more than it
 /// saves (ADR 18).
-const JOINED: u64 = 64 << 10;
+pub const JOINED: u64 = 64 << 10;
 
 /// Most slices that are written together with a copied extent: a head, and the ends of answers before it.
 const FEW: usize = 4;
 
 /// Most bytes that are sent before other tasks get their turn, however fast the client takes them.
 /// Tokio's own budget counts calls, and 128 slices would be thirty times as much.
-const BURST: u64 = 4 << 20;
+pub const BURST: u64 = 4 << 20;
 
 /// How long a client may take over what it still sends when its connection is to end: more than the round trip
 /// that tells it of the end.

@@ -10,7 +10,7 @@
 //!   on shutdown.
 //! - [`io`]: the socket as hyper sees it. File extents go out by sendfile; whoever makes us wait
 //!   too long is cut.
-//! - `unsent`: how much may wait in a socket.
+//! - [`unsent`]: how much may wait in a socket.
 //! - `again`: a request that repeats the last one for another range, answered without hyper.
 //! - [`page_in`]: what is not in the page cache is read off the runtime's workers before it is
 //!   sent.
@@ -37,4 +37,4 @@ pub mod replica;
 mod rescue;
 pub mod respond;
 pub mod systemd;
-mod unsent;
+pub mod unsent;

@@ -20,10 +20,10 @@ use tokio::net::{TcpListener, TcpStream};
 
 /// Bytes that every socket may hold; it is writable again when half of them are left. So a stalled client costs the
 /// kernel no more than this beyond its window, and one of many that share a network gets a MiB in one go.
-const UNSENT: u32 = 1 << 20;
+pub const UNSENT: u32 = 1 << 20;
 
 /// Most bytes lent to a socket: with them it holds what the kernel lets a socket grow to (`tcp_wmem`).
-const MOST: u64 = 3 << 20;
+pub const MOST: u32 = 3 << 20;
 
 /// Fewer are not worth the call.
 const LEAST: u64 = 256 << 10;
@@ -90,7 +90,7 @@ pub(super) struct Loan {
 impl Loan {
     /// Lets a socket hold more that has been found full. `false`: it does already, or there is nothing to lend.
     pub(super) fn extend(&mut self, socket: &TcpStream) -> bool {
-        let share = |left: u64| (left / SHARE).min(MOST);
+        let share = |left: u64| (left / SHARE).min(u64::from(MOST));
         if self.bytes > 0 {
             return false;
         }
@@ -160,11 +160,11 @@ mod tests {
         assert!(loans.iter().all(|loan| loan.bytes >= LEAST), "too little");
         let lent: u64 = loans.iter().map(|loan| loan.bytes).sum();
         assert!(lent < all && lent > all / 2, "{lent}");
-        assert_eq!(loans[0].bytes, MOST);
+        assert_eq!(loans[0].bytes, u64::from(MOST));
 
         drop(loans);
         let mut loan = pool.loan();
         assert!(loan.extend(&socket));
-        assert_eq!(loan.bytes, MOST, "all was given back");
+        assert_eq!(loan.bytes, u64::from(MOST), "all was given back");
     }
 }
