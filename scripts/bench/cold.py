@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from bench import lateness, servers
+from bench import discard, lateness, servers
 from fleet import stack
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -79,7 +79,6 @@ class Connection:
         self.server = server
         self.connection = socket.create_connection(("127.0.0.1", server.port))
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.nothing = bytearray(MIB)
 
     def first_byte(self, start, end):
         """Milliseconds from the request to the first byte of its body. Reads to the end: a client that leaves is another matter."""
@@ -98,10 +97,7 @@ class Connection:
         took = (time.monotonic() - begun) * 1e3
         if not received.startswith(b"HTTP/1.1 206"):
             raise stack.Broken(f"{server.name} answered {received[:300]!r}")
-        left = end - start - len(received.partition(b"\r\n\r\n")[2])
-        # With MSG_TRUNC, TCP drops the bytes instead of copying them: tcp(7).
-        while left > 0 and (dropped := self.connection.recv_into(self.nothing, min(left, MIB), socket.MSG_TRUNC)):
-            left -= dropped
+        discard.drop(self.connection, end - start - len(received.partition(b"\r\n\r\n")[2]))
         return took
 
 

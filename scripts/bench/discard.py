@@ -12,6 +12,15 @@ import time
 AT_ONCE = 1 << 20
 
 
+def drop(connection, left):
+    """Takes as many bytes off a connection, or what comes before its end. Returns how many are missing."""
+    # TCP does not copy what is to be truncated: tcp(7).
+    unused = bytearray(AT_ONCE)
+    while left > 0 and (n := connection.recv_into(unused, min(left, AT_ONCE), socket.MSG_TRUNC | socket.MSG_WAITALL)):
+        left -= n
+    return left
+
+
 def read(port, path, etag, first, last, broken):
     with socket.create_connection(("127.0.0.1", port)) as connection:
         pin = f"If-Match: {etag}\r\n" if etag else ""
@@ -21,11 +30,7 @@ def read(port, path, etag, first, last, broken):
         head = b""
         while b"\r\n\r\n" not in head and (more := connection.recv(4096)):
             head += more
-        left = last + 1 - first - len(head.partition(b"\r\n\r\n")[2])
-        # TCP does not copy what is to be truncated.
-        unused = bytearray(AT_ONCE)
-        while left > 0 and (n := connection.recv_into(unused, min(left, AT_ONCE), socket.MSG_TRUNC | socket.MSG_WAITALL)):
-            left -= n
+        left = drop(connection, last + 1 - first - len(head.partition(b"\r\n\r\n")[2]))
         if left or not head.startswith(b"HTTP/1.1 206"):
             broken.append(f"{first}-{last}: {left} bytes are missing behind {head[:200]!r}")
 

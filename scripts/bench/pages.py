@@ -15,7 +15,8 @@ import statistics
 import threading
 import time
 
-from bench import cold, load, servers
+from bench import load, servers
+from bench.cold import Connection
 from bench.goals import quartiles
 from fleet import stack
 
@@ -128,7 +129,7 @@ class Readers:
     def read(self):
         # They are not to take the load's core from wrk.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        connection = cold.Connection(self.server)
+        connection = Connection(self.server)
         with contextlib.closing(connection.connection):
             for start in self.starts:
                 if self.stop.wait(EVERY):

@@ -160,6 +160,15 @@ impl World {
         self.disk.purge(target).await.unwrap();
     }
 
+    /// The label with the first part's bytes.
+    async fn read_first_part(&self) -> RemoteRead {
+        let head = RangeSpec::Closed {
+            first: 0,
+            last: PART - 1,
+        };
+        self.read_current(Some(head)).await
+    }
+
     async fn read_current(&self, want: Option<RangeSpec>) -> RemoteRead {
         match self.remote.read_current("key", want, None).await.unwrap() {
             Current::Read(read) => read,
@@ -620,15 +629,11 @@ async fn a_flight_that_is_over_still_has_its_answer() {
 #[tokio::test]
 async fn a_labelled_read_is_kept_unless_others_have_its_bytes() {
     let world = World::new(8 * PART, 8);
-    let head = Some(RangeSpec::Closed {
-        first: 0,
-        last: PART - 1,
-    });
     let era = world.filler.era();
 
     let mut adopted = world
         .filler
-        .adopt(&world.source, world.read_current(head).await, era)
+        .adopt(&world.source, world.read_first_part().await, era)
         .expect("nobody else fetches");
     assert!(soon(adopted.answered()).await.is_ok());
     let sent = soon(world.send(vec![adopted], range(0, PART))).await;
@@ -637,7 +642,7 @@ async fn a_labelled_read_is_kept_unless_others_have_its_bytes() {
 
     let adopt = |read, era| world.filler.adopt(&world.source, read, era).is_some();
     assert!(
-        !adopt(world.read_current(head).await, era),
+        !adopt(world.read_first_part().await, era),
         "the disk has the bytes"
     );
     let under_way = world.join_one(3 * PART + BLOCK, 4 * PART);
@@ -664,11 +669,7 @@ async fn a_labelled_read_is_kept_unless_others_have_its_bytes() {
 #[tokio::test]
 async fn the_first_bytes_are_told_of_while_more_are_at_hand() {
     let world = World::new(PART, 1);
-    let head = Some(RangeSpec::Closed {
-        first: 0,
-        last: PART - 1,
-    });
-    let mut read = world.read_current(head).await;
+    let mut read = world.read_first_part().await;
     let (seen, wait) = std::sync::mpsc::channel();
     let mut frames = 0;
     let body = read.body.inspect(move |_frame| {
@@ -713,11 +714,7 @@ async fn what_does_not_fill_a_step_is_told_of_when_the_remote_pauses() {
 #[tokio::test]
 async fn what_does_not_fill_a_step_is_told_of_while_the_remote_drips() {
     let world = World::new(PART, 1);
-    let head = Some(RangeSpec::Closed {
-        first: 0,
-        last: PART - 1,
-    });
-    let mut read = world.read_current(head).await;
+    let mut read = world.read_first_part().await;
     let (object, dripped) = (world.object.clone(), Arc::new(AtomicUsize::new(0)));
     let drips = Arc::clone(&dripped);
     read.body = futures::stream::unfold(0, move |at| {
