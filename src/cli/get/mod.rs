@@ -428,13 +428,15 @@ impl<'a> Download<'a> {
                 first.take(),
             ));
         }
+        let mut saves = JoinSet::new();
         let result = tokio::select! {
             result = join(&mut workers) => result,
-            error = self.save_regularly(part, resumed) => Err(error.into()),
+            error = self.save_regularly(part, resumed, &mut saves) => Err(error.into()),
             () = self.cancel.cancelled() => Err(interrupted(part, Some(&pin)).into()),
         };
-        // Nobody writes to the part file any more when this returns.
+        // Nobody writes to the part file any more when this returns, nor holds its lock.
         workers.shutdown().await;
+        saves.shutdown().await;
         if let Err(stop) = result {
             if let Stop::Failed(_) = stop
                 && let Err(error) = Arc::clone(part).commit().await
@@ -526,8 +528,13 @@ impl<'a> Download<'a> {
         })
     }
 
-    /// Ends only with an error.
-    async fn save_regularly(&self, part: &Arc<Part>, saved: u64) -> GetError {
+    /// Ends only with an error. Dropped, it may leave a save under way in `saves`.
+    async fn save_regularly(
+        &self,
+        part: &Arc<Part>,
+        saved: u64,
+        saves: &mut JoinSet<Result<(), GetError>>,
+    ) -> GetError {
         let mut saved = saved;
         let mut tick = tokio::time::interval(SAVE_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -537,10 +544,13 @@ impl<'a> Download<'a> {
             self.console.tick();
             let written = part.written().len();
             if written != saved {
-                if let Err(error) = Arc::clone(part).commit().await {
-                    return error;
+                let part = Arc::clone(part);
+                saves.spawn_blocking(move || part.commit_now());
+                match saves.join_next().await.expect("just begun") {
+                    Ok(Ok(())) => saved = written,
+                    Ok(Err(error)) => return error,
+                    Err(panic) => std::panic::resume_unwind(panic.into_panic()),
                 }
-                saved = written;
             }
         }
     }

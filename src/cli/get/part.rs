@@ -7,8 +7,8 @@
 //! the old one, rename. So a state never vouches for bytes that are not on the disk. The other way round, before the
 //! part file is emptied for another revision, the state that vouched for the old bytes is durably gone.
 //!
-//! Whoever works on the part file holds an exclusive lock on it (`flock`). The lock is the open
-//! file description's, so a commit that still runs on another thread keeps others out until it ends.
+//! Whoever works on the part file holds an exclusive lock on it (`flock`), until the [`Part`] is dropped: a commit that still
+//! runs on another thread holds it too, and keeps others out until it ends.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, IoSlice};
@@ -133,6 +133,14 @@ pub(super) struct Part {
     /// Held while a state is being saved or removed: a save that was under way when its download stopped must neither
     /// outlive the removal nor overtake the next save.
     saving: Mutex<()>,
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        // Not left to the last descriptor: a verification that is being given up has one, and so has every process between
+        // its fork and its exec.
+        let _ = self.file.unlock();
+    }
 }
 
 /// Of which revision the part file holds what. Together under one lock, so that no state can vouch for one
@@ -339,7 +347,8 @@ impl Part {
         blocking(move || self.commit_now()).await
     }
 
-    fn commit_now(&self) -> Result<(), GetError> {
+    /// [`Part::commit`] on the calling thread, which waits for the disk.
+    pub(super) fn commit_now(&self) -> Result<(), GetError> {
         let _saving = self.saving.lock();
         // Taken before the sync: all of it is on the disk afterwards.
         let state = {
@@ -537,6 +546,17 @@ mod tests {
 
     fn part(directory: &Path) -> Result<Part, GetError> {
         Part::open(directory.join("f"), &"http://h/f".parse().unwrap())
+    }
+
+    #[test]
+    fn who_still_reads_the_file_does_not_keep_the_next_download_out() {
+        let directory = tempfile::tempdir().unwrap();
+        let first = part(directory.path()).unwrap();
+        let reader = first.file();
+        assert!(part(directory.path()).is_err(), "it is locked");
+        drop(first);
+        part(directory.path()).unwrap();
+        drop(reader);
     }
 
     fn pin() -> Pin {
