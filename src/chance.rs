@@ -1,14 +1,16 @@
-//! Chance, for what must not fall into step, such as back-off. Nothing is right or wrong by what it says.
+//! Chance, for what must not fall into step, such as back-off, or have the same name. Nothing is right or wrong by what it
+//! says.
 //!
 //! A test that must go the same way twice seeds it for its thread.
 
 /// Between 0 and 1.
 #[expect(clippy::cast_precision_loss, reason = "chance need not be exact")]
 pub(crate) fn fraction() -> f64 {
-    draw() as f64 / u64::MAX as f64
+    bits() as f64 / u64::MAX as f64
 }
 
-fn draw() -> u64 {
+/// Any number.
+pub(crate) fn bits() -> u64 {
     use std::hash::{BuildHasher, RandomState};
     #[cfg(test)]
     if let Some(seeded) = seeded::draw() {

@@ -275,6 +275,12 @@ impl Warm {
         self.representation.size
     }
 
+    /// Whether the same requests can be answered by it: of an object that both are of.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.representation, &other.representation)
+            && Arc::ptr_eq(&self.fields, &other.fields)
+    }
+
     /// What to turn to where a file fails.
     pub fn rescue(&self) -> Arc<dyn Rescue> {
         Arc::clone(&self.means) as Arc<dyn Rescue>
@@ -424,11 +430,11 @@ impl Tiers {
         let Lookup::Held(held) = self.disk.lookup(&warm.means.source.revision) else {
             return None;
         };
-        let (representation, fields) = held.described();
-        let same = Arc::ptr_eq(&representation, &warm.representation)
-            && Arc::ptr_eq(&fields, &warm.fields);
+        if !held.is_described_by(&warm.representation, &warm.fields) {
+            return None;
+        }
         let asked = RangeSpec::Closed { first, last };
-        let range = asked.resolve(representation.size).filter(|_| same)?;
+        let range = asked.resolve(warm.representation.size)?;
         Some((range, held.extent(range)?))
     }
 

@@ -27,7 +27,7 @@ use pinrange::server::io::{SendQueue, Timeouts};
 use pinrange::server::page_in::{PageIn, Pages};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 
 /// Not a multiple of anything.
@@ -174,11 +174,17 @@ struct Files {
     queues: mpsc::UnboundedSender<SendQueue>,
     ways: mpsc::UnboundedSender<Way>,
     accept_failures: Arc<AtomicUsize>,
+    /// Somebody waits for a place.
+    crowded: Arc<Notify>,
 }
 
 impl Handler for Files {
     fn accept_failed(&self) {
         self.accept_failures.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn displaced(&self, _: usize) {
+        self.crowded.notify_one();
     }
 
     async fn handle(&self, request: Request<Incoming>, conn: &ConnInfo) -> Response<ResponseBody> {
@@ -273,6 +279,8 @@ struct Server {
     page_in: PageIn,
     file: Arc<File>,
     accept_failures: Arc<AtomicUsize>,
+    /// Somebody waits for a place.
+    crowded: Arc<Notify>,
     ending: Ending,
     running: JoinHandle<DrainReport>,
 }
@@ -328,8 +336,10 @@ impl Server {
             queues: queues_in,
             ways: ways_in,
             accept_failures: Arc::default(),
+            crowded: Arc::default(),
         };
         let accept_failures = Arc::clone(&handler.accept_failures);
+        let crowded = Arc::clone(&handler.crowded);
         let acceptor = Acceptor::new(listener, Arc::new(handler), limits, page_in.clone());
         let ending = Ending::default();
         let running = tokio::spawn(acceptor.run(ending.clone(), Duration::from_millis(500)));
@@ -343,6 +353,7 @@ impl Server {
             page_in,
             file,
             accept_failures,
+            crowded,
             ending,
             running,
         }
@@ -1175,6 +1186,25 @@ async fn draining_closes_idle_connections_and_finishes_running_bodies() {
             cut: 0
         }
     );
+}
+
+/// It was accepted, and waits for a place when the others are asked to leave.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_comes_as_connections_are_closed_is_closed_like_them() {
+    let server = Server::with(|limits| limits.max_connections = 1).await;
+    let mut running = server.connect().await;
+    running.send("/gated/0-5000000").await;
+    let head = running.head().await;
+    let mut late = server.connect().await;
+    within(server.crowded.notified()).await;
+
+    server.ending.close_idle();
+    late.closed().await;
+    server.gate.send(true).unwrap();
+    assert_same(&running.body(&head).await, &server.body("0-5000000"));
+    running.closed().await;
+    let report = within(server.running).await.unwrap();
+    assert_eq!(report.cut, 0, "{report:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

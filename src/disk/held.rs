@@ -177,6 +177,12 @@ impl HeldRevision {
         (Arc::clone(&state.representation), Arc::clone(&state.fields))
     }
 
+    /// Whether this is what [`described`](Self::described) returns.
+    pub fn is_described_by(&self, representation: &Arc<Representation>, fields: &Fields) -> bool {
+        let state = self.state.lock();
+        Arc::ptr_eq(&state.representation, representation) && Arc::ptr_eq(&state.fields, fields)
+    }
+
     /// Replaces the stored headers (equal bytes re-uploaded). Write-behind.
     ///
     /// # Panics

@@ -147,7 +147,9 @@ pub(super) struct Shared {
 }
 
 struct Revisions {
-    by_name: HashMap<Revision, Arc<HeldRevision>>,
+    /// Looked into by every request: so with a hash that is quick and differs from run to run, which is enough, for no name
+    /// gets in without an object in the bucket.
+    by_name: HashMap<Revision, Arc<HeldRevision>, foldhash::quality::RandomState>,
     limit: usize,
     /// Above this many, memory forgets some.
     trim_above: usize,
@@ -264,7 +266,7 @@ impl DiskTier {
             watch: Watch::new(seams.limits),
             suspect_run: AtomicI64::new(0),
             revisions: Mutex::new(Revisions {
-                by_name: HashMap::new(),
+                by_name: HashMap::default(),
                 limit: seams.revisions_in_memory,
                 trim_above: seams.revisions_in_memory,
             }),

@@ -32,12 +32,13 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::error::Error;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -56,7 +57,7 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use super::body::ResponseBody;
-use super::io::{Cut, Expecting, SendQueue, SendfileIo, Standing, Timeouts};
+use super::io::{Cut, Expecting, SendQueue, SendfileIo, SharedIo, Standing, Timeouts};
 use super::page_in::PageIn;
 use super::unsent;
 
@@ -206,10 +207,7 @@ impl<H: Handler> Acceptor<H> {
             cut: AtomicUsize::new(0),
         });
         let connections = TaskTracker::new();
-        let drain = Drain {
-            begin: ending.idle.clone(),
-            cut: CancellationToken::new(),
-        };
+        let cut = CancellationToken::new();
         let mut places = Places::new(limits.max_connections);
         let mut backoff = Backoff::default();
         let make_room = || handler.displaced(serving.guests.displace(limits.max_connections));
@@ -228,24 +226,28 @@ impl<H: Handler> Acceptor<H> {
                 .no_more
                 .run_until_cancelled(places.take(make_room))
                 .await;
-            // A child token: each connection waits on a lock of its own, and leaves by itself.
-            let drain = Drain {
-                begin: drain.begin.child_token(),
-                cut: drain.cut.clone(),
-            };
-            let connection = Arc::clone(&serving).serve(tcp, peer, drain, place);
+            let connection = Arc::clone(&serving).serve(tcp, peer, cut.clone(), place);
             let span = tracing::info_span!("connection", client.addr = %peer);
             connections.spawn(connection.instrument(span));
         }
         drop(listener);
 
         connections.close();
-        if tokio::time::timeout(drain_timeout, connections.wait())
-            .await
-            .is_err()
-        {
+        let dismissing = async {
+            ending.idle.cancelled().await;
+            serving.guests.dismiss_all();
+            connections.wait().await;
+        };
+        let drained = async {
+            tokio::select! {
+                () = connections.wait() => {}
+                () = dismissing => {}
+            }
+        };
+        if tokio::time::timeout(drain_timeout, drained).await.is_err() {
             ending.close_idle();
-            drain.cut.cancel();
+            serving.guests.dismiss_all();
+            cut.cancel();
             connections.wait().await;
         }
         DrainReport {
@@ -270,19 +272,13 @@ struct Serving<H> {
     cut: AtomicUsize,
 }
 
-/// The steps of an end that a connection waits for: it has nothing under way and is to be closed, or is to be cut.
-struct Drain {
-    begin: CancellationToken,
-    cut: CancellationToken,
-}
-
 impl<H: Handler> Serving<H> {
-    /// Serves one connection to its end; `_place` is free again then.
+    /// Serves one connection to its end, at the latest when it is `cut`; `_place` is free again then.
     async fn serve(
         self: Arc<Self>,
         tcp: TcpStream,
         peer: SocketAddr,
-        drain: Drain,
+        cut: CancellationToken,
         _place: Option<OwnedSemaphorePermit>,
     ) {
         let _open = Open::new(&*self.handler);
@@ -294,15 +290,19 @@ impl<H: Handler> Serving<H> {
             peer,
             queue: SendQueue::default(),
         };
-        let io = SendfileIo::new(
+        let io = SharedIo::new(SendfileIo::new(
             tcp,
             info.queue.clone(),
             self.page_in.clone(),
             &self.unsent,
             self.timeouts,
             self.ending.clone(),
-        );
-        let _present = self.guests.enter(&info.queue, &drain.begin);
+        ));
+        let _present = self.guests.enter(&info.queue);
+        if self.ending.idle.is_cancelled() {
+            // It may have come too late to be dismissed with the others.
+            info.queue.dismiss();
+        }
         // Whether the latest request has content, which nobody has read to its end.
         let content = AtomicBool::new(false);
         // Borrowed, not shared: requests touch no reference count that all workers share.
@@ -326,9 +326,17 @@ impl<H: Handler> Serving<H> {
                 Ok::<_, Infallible>(response)
             })
         });
-        let mut connection = self.http.serve_connection(io, service);
+        let mut connection = self.http.serve_connection(io.clone(), service);
 
-        let mut served = drain.begin.run_until_cancelled(&mut connection).await;
+        // Not a token: it would be locked at every turn of the connection.
+        let mut served = poll_fn(|cx| {
+            if info.queue.poll_dismissed(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+            ready!(io.poll_repetitions(cx));
+            Pin::new(&mut connection).poll(cx).map(Some)
+        })
+        .await;
         if served.is_none() {
             // Idle, it closes at once, in the middle of a head too; else the answer is the last one.
             Pin::new(&mut connection).graceful_shutdown();
@@ -340,7 +348,7 @@ impl<H: Handler> Serving<H> {
                 tokio::select! {
                     biased;
                     served = &mut connection => Some(served),
-                    () = drain.cut.cancelled() => None,
+                    () = cut.cancelled() => None,
                 }
             };
         }
@@ -368,9 +376,11 @@ impl<H: Handler> Serving<H> {
                 return;
             }
         };
-        let lingering = connection.into_parts().io.linger(more_expected);
+        drop(connection);
+        let io = io.into_inner().expect("hyper's is gone");
+        let lingering = io.linger(more_expected);
         // Cut or done, it is over.
-        let _ = drain.cut.run_until_cancelled(lingering).await;
+        let _ = cut.run_until_cancelled(lingering).await;
     }
 }
 
@@ -378,12 +388,7 @@ impl<H: Handler> Serving<H> {
 #[derive(Default)]
 struct Guests {
     next: AtomicU64,
-    present: Mutex<HashMap<u64, Guest>>,
-}
-
-struct Guest {
-    queue: SendQueue,
-    leave: CancellationToken,
+    present: Mutex<HashMap<u64, SendQueue>>,
 }
 
 impl Guests {
@@ -392,14 +397,17 @@ impl Guests {
     const GRACE: Duration = Duration::from_secs(1);
 
     /// Counts a connection as present until the guard is dropped.
-    fn enter(&self, queue: &SendQueue, leave: &CancellationToken) -> Present<'_> {
+    fn enter(&self, queue: &SendQueue) -> Present<'_> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let guest = Guest {
-            queue: queue.clone(),
-            leave: leave.clone(),
-        };
-        self.present.lock().insert(id, guest);
+        self.present.lock().insert(id, queue.clone());
         Present { guests: self, id }
+    }
+
+    /// Asks all of them to leave.
+    fn dismiss_all(&self) {
+        for queue in self.present.lock().values() {
+            queue.dismiss();
+        }
     }
 
     /// Asks those to leave who have owed us a request for longest, those first who never sent a whole one. Returns how
@@ -410,18 +418,18 @@ impl Guests {
         let present = self.present.lock();
         let mut idle: Vec<_> = present
             .values()
-            .filter(|guest| !guest.leave.is_cancelled())
-            .filter_map(|guest| match guest.queue.standing() {
+            .filter(|queue| !queue.is_dismissed())
+            .filter_map(|queue| match queue.standing() {
                 Standing::Idle { since, expecting } if now - since >= Self::GRACE => {
-                    Some((expecting == Expecting::Next, since, &guest.leave))
+                    Some((expecting == Expecting::Next, since, queue))
                 }
                 Standing::Idle { .. } | Standing::Busy => None,
             })
             .collect();
         idle.sort_unstable_by_key(|(known, since, _)| (*known, *since));
         idle.truncate(limit.div_ceil(64));
-        for (_, _, leave) in &idle {
-            leave.cancel();
+        for (_, _, queue) in &idle {
+            queue.dismiss();
         }
         idle.len()
     }

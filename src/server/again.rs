@@ -16,7 +16,7 @@
 //! to hyper and the handler, as is all that is not the plainest case. So nothing is decided here; what was decided a moment
 //! ago is found to hold still.
 //!
-//! hyper is not to notice. It waits for a head meanwhile, with nothing read and nothing to write:
+//! hyper is not to notice, nor is it polled. It waits for a head meanwhile, with nothing read and nothing to write:
 //!
 //! - *Nothing read*: as long as all that it was given were whole heads, one in each read. After anything else (a head in two
 //!   reads, two heads in one) the connection is hyper's alone.
@@ -129,6 +129,11 @@ impl Heads {
         self.given += 1;
         queue.repeats(range.is_some().then_some(self.given));
         None
+    }
+
+    /// The last one was answered without hyper, or could have been.
+    pub(super) fn are_repeated(&self) -> bool {
+        self.again.is_some()
     }
 
     /// What hyper was given ends in the middle of a head.

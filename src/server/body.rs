@@ -347,6 +347,16 @@ impl Chunk {
     }
 }
 
+impl Chunk {
+    /// What it is of a file.
+    pub(super) fn extent(&self) -> Option<&FileExtent> {
+        match &self.0 {
+            Piece::Memory { .. } => None,
+            Piece::File { extent, .. } => Some(extent),
+        }
+    }
+}
+
 enum Piece {
     Memory {
         bytes: Bytes,

@@ -10,9 +10,9 @@
 //! answered without coming here (see [`again`](super::again)).
 
 use std::borrow::Cow;
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
 use std::io::Cursor;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Buf;
@@ -22,13 +22,15 @@ use http::header::{
 };
 use http::{Request, Response};
 use http_body::Body as _;
+use parking_lot::Mutex;
 use tracing::{Instrument, Span, field};
 
 use super::again::{Again, Answer};
 use super::body::{BodyEnd, BodyObserver, Chunk, ResponseBody};
-use super::io::SendQueue;
+use super::io::{SendQueue, to_usize};
 use super::respond::{self, Rejected, RepeatedHead};
 use crate::causes::one_line;
+use crate::chance;
 use crate::mount::{Mount, Mounts};
 use crate::object::Validator;
 use crate::remote::TRACEPARENT;
@@ -69,7 +71,7 @@ pub struct Handler {
     mounts: Arc<Mounts>,
     tiers: Arc<Tiers>,
     metrics: Metrics,
-    random: RandomState,
+    warm: SharedRanges,
 }
 
 impl Handler {
@@ -79,7 +81,7 @@ impl Handler {
             mounts,
             tiers,
             metrics,
-            random: RandomState::new(),
+            warm: SharedRanges::default(),
         }
     }
 
@@ -97,7 +99,7 @@ impl Handler {
     ) -> Response<ResponseBody> {
         let started = Instant::now();
         let fields = Fields::of(request.headers());
-        let id = self.request_id(fields.id, started);
+        let id = Self::request_id(fields.id);
         let span = request_span(
             id.to_str().unwrap_or_default(),
             request.method().as_str(),
@@ -241,7 +243,7 @@ impl Handler {
     }
 
     /// The client's id if it is sane, else one of ours.
-    fn request_id(&self, sent: Option<&HeaderValue>, started: Instant) -> HeaderValue {
+    fn request_id(sent: Option<&HeaderValue>) -> HeaderValue {
         let sane = |id: &&HeaderValue| {
             let id = id.as_bytes();
             (1..=128).contains(&id.len())
@@ -250,19 +252,19 @@ impl Handler {
                     .all(|byte| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte))
         };
         sent.filter(sane).cloned().unwrap_or_else(|| {
-            let digits = new_id(&self.random, started);
+            let digits = new_id();
             HeaderValue::from_bytes(&digits).expect("hexadecimal digits are a field value")
         })
     }
 
     fn again<B>(&self, warm: Warm, request: &Request<B>) -> Arc<dyn Again> {
-        Arc::new(WarmRange {
+        let path = request.uri().path();
+        self.warm.get(path, warm, |warm| WarmRange {
             head: RepeatedHead::new(&warm.fields, (VIA, THIS_SERVER)),
             warm,
             tiers: Arc::clone(&self.tiers),
             metrics: self.metrics.clone(),
-            random: self.random.clone(),
-            path: request.uri().path().into(),
+            path: path.into(),
         })
     }
 }
@@ -281,9 +283,9 @@ fn request_span(id: &str, method: &str, path: &str) -> Span {
     )
 }
 
-/// Sixteen hexadecimal digits.
-fn new_id(random: &RandomState, started: Instant) -> [u8; 16] {
-    let mut random = random.hash_one((started, std::thread::current().id()));
+/// Sixteen hexadecimal digits, that no two requests of a fleet are likely to have in common.
+fn new_id() -> [u8; 16] {
+    let mut random = chance::bits();
     [(); 16].map(|()| {
         random = random.rotate_left(4);
         b"0123456789abcdef"[(random & 15) as usize]
@@ -303,8 +305,38 @@ struct WarmRange {
     head: RepeatedHead,
     tiers: Arc<Tiers>,
     metrics: Metrics,
-    random: RandomState,
     path: Box<str>,
+}
+
+/// Those in use, for connections that ask for the same object: a thousand copies of what does not differ would each have to
+/// come from memory at its turn. Paths that meet in a place do not share.
+struct SharedRanges {
+    hasher: foldhash::quality::RandomState,
+    places: [Mutex<Weak<WarmRange>>; 64],
+}
+
+impl Default for SharedRanges {
+    fn default() -> Self {
+        Self {
+            hasher: foldhash::quality::RandomState::default(),
+            places: std::array::from_fn(|_| Mutex::default()),
+        }
+    }
+}
+
+impl SharedRanges {
+    fn get(&self, path: &str, warm: Warm, make: impl FnOnce(Warm) -> WarmRange) -> Arc<WarmRange> {
+        let place = self.hasher.hash_one(path) % self.places.len() as u64;
+        let mut place = self.places[to_usize(place)].lock();
+        let shared = place.upgrade();
+        shared
+            .filter(|shared| *shared.path == *path && shared.warm.is(&warm))
+            .unwrap_or_else(|| {
+                let made = Arc::new(make(warm));
+                *place = Arc::downgrade(&made);
+                made
+            })
+    }
 }
 
 impl Again for WarmRange {
@@ -315,7 +347,7 @@ impl Again for WarmRange {
             disk: started.elapsed(),
             ..Trace::default()
         };
-        let id = new_id(&self.random, started);
+        let id = new_id();
         let span = request_span(
             std::str::from_utf8(&id).unwrap_or_default(),
             http::Method::GET.as_str(),

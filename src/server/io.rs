@@ -44,7 +44,8 @@
 //! part of what it holds is gone, most of a MiB on a fast connection, and a client that reads 10 KB/s would seem stalled
 //! for more than a minute. So before a client is given up, the kernel is asked what it holds still ([`unacknowledged`]).
 //!
-//! A head that repeats the last one for another range does not get as far as hyper: see [`again`](super::again).
+//! A head that repeats the last one for another range does not get as far as hyper: see [`again`](super::again). While
+//! nothing else comes, hyper is not even polled, so the connection's task and hyper share this side of it ([`SharedIo`]).
 //!
 //! A file that ends early, cannot be read or hangs does not end the response either: see
 //! [`rescue`](super::rescue).
@@ -52,7 +53,7 @@
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -60,6 +61,7 @@ use std::time::Duration;
 use bytes::Buf;
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::task::AtomicWaker;
 use hyper::rt::ReadBufCursor;
 use parking_lot::Mutex;
 use rustix::io::Errno;
@@ -164,6 +166,8 @@ pub struct SendQueue(Arc<Shared>);
 struct Shared {
     next: Mutex<Option<Offered>>,
     standing: Mutex<Standing>,
+    dismissed: AtomicBool,
+    task: AtomicWaker,
     cut: OnceLock<Cut>,
     repeats: AtomicU64,
     again: Mutex<Option<(u64, Arc<dyn Again>)>>,
@@ -263,6 +267,28 @@ impl SendQueue {
         self.0.cut.get().copied()
     }
 
+    /// Asks the connection to end: at once if nothing is under way on it, else with its answer.
+    pub(super) fn dismiss(&self) {
+        self.0.dismissed.store(true, Ordering::Release);
+        self.0.task.wake();
+    }
+
+    /// Whether it has been asked to end.
+    pub(super) fn is_dismissed(&self) -> bool {
+        self.0.dismissed.load(Ordering::Acquire)
+    }
+
+    /// `Ready` once it is asked to end. For the connection's own task.
+    pub(super) fn poll_dismissed(&self, cx: &Context<'_>) -> Poll<()> {
+        // Registered before the look, so that it is seen or the task is woken.
+        self.0.task.register(cx.waker());
+        if self.is_dismissed() {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
+    }
+
     /// Who is waiting for whom.
     pub(super) fn standing(&self) -> Standing {
         *self.0.standing.lock()
@@ -316,38 +342,66 @@ impl SendQueue {
     }
 }
 
-/// A limit on waiting that costs nothing until there is something to wait for.
+/// A limit on waiting that costs nothing until there is something to wait for, and little where waits are many and short:
+/// while the timer goes off no later than a wait is to end, it is left alone, and set anew when it has gone off.
+///
+/// To be polled by one task only, whose waker the timer has then.
 #[derive(Debug, Default)]
 struct Patience {
-    sleep: Option<Pin<Box<Sleep>>>,
-    since: Option<Instant>,
+    wait: Option<Wait>,
+    /// When the timer wakes the task, if it is to.
+    alarm: Option<Instant>,
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Wait {
+    since: Instant,
+    deadline: Instant,
 }
 
 impl Patience {
     /// `Ready` when `limit` has passed since the first call after [`Patience::stop`].
     fn poll_exhausted(&mut self, cx: &mut Context<'_>, limit: Duration) -> Poll<()> {
-        if self.since.is_none() {
-            let now = Instant::now();
-            self.since = Some(now);
-            let deadline = now + limit;
-            match &mut self.sleep {
-                Some(sleep) => sleep.as_mut().reset(deadline),
-                None => self.sleep = Some(Box::pin(tokio::time::sleep_until(deadline))),
-            }
+        let begins = self.wait.is_none();
+        let Wait { since, deadline } = *self.wait.get_or_insert_with(|| {
+            let since = Instant::now();
+            let deadline = since + limit;
+            Wait { since, deadline }
+        });
+        if begins
+            && let Some(alarm) = self.alarm
+            && since < alarm
+            && alarm <= deadline
+        {
+            return Poll::Pending;
         }
-        self.sleep
-            .as_mut()
-            .map_or(Poll::Pending, |sleep| sleep.as_mut().poll(cx))
+        let timer = self
+            .timer
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        if begins {
+            timer.as_mut().reset(deadline);
+        }
+        while timer.as_mut().poll(cx).is_ready() {
+            self.alarm = None;
+            if timer.deadline() >= deadline {
+                return Poll::Ready(());
+            }
+            timer.as_mut().reset(deadline);
+        }
+        self.alarm = Some(timer.deadline());
+        Poll::Pending
     }
 
-    fn is_on(&self) -> bool {
-        self.since.is_some()
+    /// Since when something is waited for.
+    fn since(&self) -> Option<Instant> {
+        self.wait.map(|wait| wait.since)
     }
 
     /// What was waited for happened; returns since when it was waited for. The timer is left in the
-    /// wheel: at worst it wakes the task once for nothing.
+    /// wheel: it wakes the task for nothing, once in the time that a wait may take.
     fn stop(&mut self) -> Option<Instant> {
-        self.since.take()
+        self.wait.take().map(|wait| wait.since)
     }
 }
 
@@ -390,7 +444,7 @@ impl Credit {
         timeouts: &Timeouts,
         unacknowledged: impl Fn() -> u64,
     ) -> Poll<()> {
-        if !self.wait.is_on() {
+        if self.wait.since().is_none() {
             self.unacknowledged = unacknowledged();
         }
         loop {
@@ -471,7 +525,7 @@ impl Standing {
     }
 }
 
-/// A data connection as hyper sees it. See the [module](self) for how it works.
+/// The socket's side of a data connection. See the [module](self) for how it works.
 pub struct SendfileIo {
     tcp: TcpStream,
     queue: SendQueue,
@@ -495,6 +549,8 @@ pub struct SendfileIo {
     heads: Heads,
     /// What hyper does not know of and is being written.
     answer: Option<Answer>,
+    /// What was read for hyper before it asked, or what came of reading.
+    read_ahead: Option<io::Result<Vec<u8>>>,
     ending: Ending,
 }
 
@@ -525,6 +581,7 @@ impl SendfileIo {
             probed: false,
             heads: Heads::default(),
             answer: None,
+            read_ahead: None,
             ending,
         }
     }
@@ -697,9 +754,19 @@ impl SendfileIo {
             return Poll::Ready(Ok(()));
         };
         while answer.has_remaining() {
-            let mut slices = [IoSlice::new(&[]); 2];
-            let filled = answer.chunks_vectored(&mut slices);
-            match self.poll_write_slices(cx, &slices[..filled]) {
+            let head = answer.first_ref().chunk();
+            let written = match answer.last_ref().extent() {
+                // Its extent needs no marker: it is known what is in front.
+                Some(extent) if !head.is_empty() => {
+                    self.poll_write_before(cx, &[IoSlice::new(head)], extent)
+                }
+                _ => {
+                    let mut slices = [IoSlice::new(&[]); 2];
+                    let filled = answer.chunks_vectored(&mut slices);
+                    self.poll_write_slices(cx, &slices[..filled])
+                }
+            };
+            match written {
                 Poll::Ready(Ok(sent)) => answer.advance(sent),
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => {
@@ -868,63 +935,118 @@ impl SendfileIo {
     }
 }
 
-impl hyper::rt::Read for SendfileIo {
+impl SendfileIo {
+    /// Reads from the client, and answers by itself what is only a repetition. `give` gets what is hyper's business, at most
+    /// `room` bytes; nothing: the client has ended its side.
+    fn poll_read_from_client(
+        &mut self,
+        cx: &mut Context<'_>,
+        room: usize,
+        give: impl FnOnce(&[u8]),
+    ) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.poll_answer(cx))?;
+            // Requests are small: copying one from the stack is cheaper than zeroing hyper's buffer for
+            // it.
+            let mut stack = [MaybeUninit::<u8>::uninit(); 8192];
+            let room = stack.len().min(room);
+            let mut read = ReadBuf::uninit(&mut stack[..room]);
+            let Poll::Ready(result) = Pin::new(&mut self.tcp).poll_read(cx, &mut read) else {
+                break;
+            };
+            result?;
+            let bytes = read.filled();
+            let begins = self.expecting != Expecting::RestOfHead;
+            if begins && !bytes.is_empty() {
+                self.expecting = Expecting::RestOfHead;
+                self.read_wait.stop();
+            }
+            self.busy();
+            if self.ending.is_announced() {
+                // Its last response says so, and hyper has to know of it. Nothing is repeated after that.
+                self.queue.repeats(None);
+            } else {
+                self.answer = self.heads.answer(bytes, begins, &self.queue);
+            }
+            if self.answer.is_none() {
+                give(bytes);
+                return Poll::Ready(Ok(()));
+            }
+        }
+        let (limit, what) = match self.expecting {
+            Expecting::First | Expecting::Next => (self.timeouts.idle, "no request came"),
+            Expecting::RestOfHead => (self.timeouts.header, "the request's head did not end"),
+        };
+        let waited = self.read_wait.poll_exhausted(cx, limit);
+        if let Some(since) = self.read_wait.since() {
+            let expecting = self.expecting;
+            self.is_idle = true;
+            self.queue.stand(Standing::Idle { since, expecting });
+        }
+        waited.map(|()| Err(timed_out(what)))
+    }
+
+    /// Goes on while all that comes are repetitions. `Ready`: hyper has to look. `Pending`: it need not be polled, for it
+    /// waits for a head, and would find out that there is none in a KiB and a half of its own (ADR 27).
+    pub(super) fn poll_repetitions(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.heads.are_repeated() || self.read_ahead.is_some() {
+            return Poll::Ready(());
+        }
+        let mut bytes = Vec::new();
+        let read = ready!(self.poll_read_from_client(cx, usize::MAX, |read| bytes = read.to_vec()));
+        self.read_ahead = Some(read.map(|()| bytes));
+        Poll::Ready(())
+    }
+}
+
+/// A connection as its task and hyper share it, and as hyper sees it. Nobody ever waits for the lock.
+#[derive(Clone)]
+pub(super) struct SharedIo(Arc<Mutex<SendfileIo>>);
+
+impl SharedIo {
+    pub(super) fn new(io: SendfileIo) -> Self {
+        Self(Arc::new(Mutex::new(io)))
+    }
+
+    /// See [`SendfileIo::poll_repetitions`].
+    pub(super) fn poll_repetitions(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.0.lock().poll_repetitions(cx)
+    }
+
+    /// `None`: it is shared still.
+    pub(super) fn into_inner(self) -> Option<SendfileIo> {
+        Arc::into_inner(self.0).map(Mutex::into_inner)
+    }
+}
+
+impl hyper::rt::Read for SharedIo {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         mut buf: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        loop {
-            ready!(this.poll_answer(cx))?;
-            // Requests are small: copying one from the stack is cheaper than zeroing hyper's buffer for
-            // it.
-            let mut stack = [MaybeUninit::<u8>::uninit(); 8192];
-            let room = stack.len().min(buf.remaining());
-            let mut read = ReadBuf::uninit(&mut stack[..room]);
-            let Poll::Ready(result) = Pin::new(&mut this.tcp).poll_read(cx, &mut read) else {
-                break;
-            };
-            result?;
-            let bytes = read.filled();
-            let begins = this.expecting != Expecting::RestOfHead;
-            if begins && !bytes.is_empty() {
-                this.expecting = Expecting::RestOfHead;
-                this.read_wait.stop();
-            }
-            this.busy();
-            if this.ending.is_announced() {
-                // Its last response says so, and hyper has to know of it. Nothing is repeated after that.
-                this.queue.repeats(None);
-            } else {
-                this.answer = this.heads.answer(bytes, begins, &this.queue);
-            }
-            if this.answer.is_none() {
-                buf.put_slice(bytes);
-                return Poll::Ready(Ok(()));
-            }
-        }
-        let (limit, what) = match this.expecting {
-            Expecting::First | Expecting::Next => (this.timeouts.idle, "no request came"),
-            Expecting::RestOfHead => (this.timeouts.header, "the request's head did not end"),
+        let mut io = self.0.lock();
+        let room = buf.remaining();
+        let Some(read) = io.read_ahead.take() else {
+            return io.poll_read_from_client(cx, room, |bytes| buf.put_slice(bytes));
         };
-        let waited = this.read_wait.poll_exhausted(cx, limit);
-        if let Some(since) = this.read_wait.since {
-            let expecting = this.expecting;
-            this.is_idle = true;
-            this.queue.stand(Standing::Idle { since, expecting });
+        let mut bytes = read?;
+        let rest = bytes.split_off(room.min(bytes.len()));
+        buf.put_slice(&bytes);
+        if !rest.is_empty() {
+            io.read_ahead = Some(Ok(rest));
         }
-        waited.map(|()| Err(timed_out(what)))
+        Poll::Ready(Ok(()))
     }
 }
 
-impl hyper::rt::Write for SendfileIo {
+impl hyper::rt::Write for SharedIo {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.get_mut().poll_write_memory(cx, &[IoSlice::new(buf)])
+        self.0.lock().poll_write_memory(cx, &[IoSlice::new(buf)])
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -936,7 +1058,7 @@ impl hyper::rt::Write for SendfileIo {
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.get_mut().poll_write_slices(cx, slices)
+        self.0.lock().poll_write_slices(cx, slices)
     }
 
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -944,9 +1066,9 @@ impl hyper::rt::Write for SendfileIo {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        ready!(this.poll_answer(cx))?;
-        Pin::new(&mut this.tcp).poll_shutdown(cx)
+        let mut io = self.0.lock();
+        ready!(io.poll_answer(cx))?;
+        Pin::new(&mut io.tcp).poll_shutdown(cx)
     }
 }
 
@@ -1005,7 +1127,9 @@ mod tests {
 
     /// Waits for `seconds`, then the client takes `bytes`; the seconds that are left then.
     fn after(credit: &mut Credit, seconds: u64, bytes: usize) -> u64 {
-        credit.wait.since = Instant::now().checked_sub(Duration::from_secs(seconds));
+        let deadline = Instant::now();
+        let since = deadline.checked_sub(Duration::from_secs(seconds)).unwrap();
+        credit.wait.wait = Some(Wait { since, deadline });
         credit.renew(bytes, &TIMEOUTS);
         // The test itself takes a moment.
         (credit.left + Duration::from_millis(500)).as_secs()
@@ -1045,8 +1169,39 @@ mod tests {
         assert_eq!(credit.left.as_secs(), 10);
     }
 
+    /// How long `patience` lasts in a wait that begins now.
+    async fn lasts(patience: &mut Patience, limit: Duration) -> Duration {
+        let begun = Instant::now();
+        let exhausted = std::future::poll_fn(|cx| patience.poll_exhausted(cx, limit));
+        let in_time = tokio::time::timeout(10 * limit, exhausted);
+        in_time.await.expect("the timer went off");
+        patience.stop();
+        begun.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_lasts_as_long_as_it_may_whatever_was_waited_for_before_it() {
+        let (long, short) = (Duration::from_mins(1), Duration::from_secs(7));
+        let mut patience = Patience::default();
+        for pause in [1_u64, 25, 33, 59, 60, 61, 200] {
+            // A few that end in time. The timer is on its way from the first one.
+            for _ in 0..3 {
+                let waiting = lasts(&mut patience, long);
+                let ended = tokio::time::timeout(Duration::from_secs(pause.min(50)), waiting);
+                assert!(ended.await.is_err());
+                patience.stop();
+            }
+            tokio::time::advance(Duration::from_secs(pause)).await;
+            for limit in [short, long, short] {
+                let lasted = lasts(&mut patience, limit).await;
+                let late = lasted.checked_sub(limit).expect("not too early");
+                assert!(late < Duration::from_millis(5), "{limit:?}: {lasted:?}");
+            }
+        }
+    }
+
     /// What hyper reads at a time.
-    async fn read(io: &mut SendfileIo) -> Vec<u8> {
+    async fn read(io: &mut SharedIo) -> Vec<u8> {
         let mut bytes = [0; 1024];
         let mut bytes = hyper::rt::ReadBuf::new(&mut bytes);
         std::future::poll_fn(|cx| {
@@ -1071,7 +1226,7 @@ mod tests {
             ..TIMEOUTS
         };
         let unsent = Pool::of_this_machine();
-        let mut io = SendfileIo::new(
+        let io = SendfileIo::new(
             server,
             queue.clone(),
             page_in,
@@ -1079,6 +1234,7 @@ mod tests {
             timeouts,
             ending.clone(),
         );
+        let mut io = SharedIo::new(io);
         for (announced, repeated) in [(false, None), (false, Some(2)), (true, None)] {
             if announced {
                 ending.announce();
@@ -1087,8 +1243,47 @@ mod tests {
             client.try_write(HEAD).unwrap();
             assert_eq!(read(&mut io).await, HEAD);
             assert_eq!(queue.repeated(), repeated);
-            io.wrote(1);
+            io.0.lock().wrote(1);
         }
+    }
+
+    #[tokio::test]
+    async fn hyper_gets_what_was_read_ahead_of_it_whole_and_in_order() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await;
+        let client = client.unwrap();
+        let (server, _) = listener.accept().await.unwrap();
+        let timeouts = Timeouts {
+            idle: Duration::from_mins(1),
+            ..TIMEOUTS
+        };
+        let mut io = SharedIo::new(SendfileIo::new(
+            server,
+            SendQueue::default(),
+            PageIn::new().unwrap(),
+            &Pool::of_this_machine(),
+            timeouts,
+            Ending::default(),
+        ));
+        // More than one read of hyper's takes.
+        let ahead: Vec<u8> = (0..5000_u32).map(|at| (at % 251) as u8).collect();
+        io.0.lock().read_ahead = Some(Ok(ahead.clone()));
+        client.try_write(b"behind it").unwrap();
+        let mut got = Vec::new();
+        while got.len() < ahead.len() {
+            got.extend(read(&mut io).await);
+        }
+        assert!(got == ahead);
+        assert_eq!(read(&mut io).await, b"behind it");
+        io.0.lock().read_ahead = Some(Ok(Vec::new()));
+        assert_eq!(read(&mut io).await, b"", "the client has ended its side");
+        io.0.lock().read_ahead = Some(Err(timed_out("no request came")));
+        let mut bytes = [0; 8];
+        let mut bytes = hyper::rt::ReadBuf::new(&mut bytes);
+        let failed = std::future::poll_fn(|cx| {
+            hyper::rt::Read::poll_read(Pin::new(&mut io), cx, bytes.unfilled())
+        });
+        assert_eq!(failed.await.unwrap_err().kind(), io::ErrorKind::TimedOut);
     }
 
     #[test]

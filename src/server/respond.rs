@@ -16,7 +16,6 @@ use http::header::{
     EXPIRES, HeaderMap, HeaderName, HeaderValue, LAST_MODIFIED, RETRY_AFTER,
 };
 use http::{Response, StatusCode};
-use smallvec::SmallVec;
 
 use super::body::{BodyObserver, Part, ResponseBody};
 use super::io::SendQueue;
@@ -77,7 +76,7 @@ pub fn opened<O: BodyObserver>(
         Verdict::Partial(ranges) => {
             describe(&mut headers, &fields);
             if let [range] = ranges[..] {
-                headers.insert(CONTENT_RANGE, content_range(range, size).value());
+                headers.insert(CONTENT_RANGE, content_range_of(range, size).value());
                 headers.insert(CONTENT_LENGTH, range.len().into());
                 parts.push_back(Part::Range(range));
             } else {
@@ -137,11 +136,14 @@ impl RepeatedHead {
         describe(&mut headers, fields);
         headers.insert(CACHE_STATUS, cache_status(&Trace::default(), Method::Get));
         headers.extend([more]);
-        let mut head = format!("HTTP/1.1 {}\r\n", StatusCode::PARTIAL_CONTENT).into_bytes();
+        let mut head = Line::new();
+        head.push("HTTP/1.1 ");
+        head.push(&StatusCode::PARTIAL_CONTENT.to_string());
         for (name, value) in &headers {
-            push_field(&mut head, name, value.as_bytes());
+            head.next_field(name);
+            head.push_bytes(value.as_bytes());
         }
-        Self(head)
+        Self(head.0)
     }
 
     /// The head for this range, to its end. `more`: the field that the handler adds to this one.
@@ -152,31 +154,23 @@ impl RepeatedHead {
         trace: &Trace,
         more: (&HeaderName, &[u8]),
     ) -> Vec<u8> {
-        let mut head = Vec::with_capacity(self.0.len() + 256);
-        head.extend_from_slice(&self.0);
-        push_field(&mut head, &CONTENT_RANGE, &content_range(range, size).0);
-        let mut length = itoa::Buffer::new();
-        push_field(
-            &mut head,
-            &CONTENT_LENGTH,
-            length.format(range.len()).as_bytes(),
-        );
-        let timing = server_timing(trace);
-        if !timing.is_empty() {
-            push_field(&mut head, &SERVER_TIMING, &timing.0);
+        let mut head = Line(Vec::with_capacity(self.0.len() + 256));
+        head.push_bytes(&self.0);
+        head.next_field(&CONTENT_RANGE);
+        content_range(&mut head, range, size);
+        head.next_field(&CONTENT_LENGTH);
+        head.number(range.len());
+        if has_timing(trace) {
+            head.next_field(&SERVER_TIMING);
+            server_timing(&mut head, trace);
         }
-        push_field(&mut head, &DATE, &date());
-        push_field(&mut head, more.0, more.1);
-        head.extend_from_slice(b"\r\n");
-        head
+        head.next_field(&DATE);
+        head.push_bytes(&date());
+        head.next_field(more.0);
+        head.push_bytes(more.1);
+        head.push("\r\n\r\n");
+        head.0
     }
-}
-
-fn push_field(head: &mut Vec<u8>, name: &HeaderName, value: &[u8]) {
-    head.extend_from_slice(name.as_str().as_bytes());
-    head.extend_from_slice(b": ");
-    head.extend_from_slice(value);
-    head.extend_from_slice(b"\r\n");
 }
 
 /// `Date` (RFC 9110 §6.6.1) of an answer that is made now. Each thread writes it once a second.
@@ -359,7 +353,7 @@ fn multipart(headers: &mut HeaderMap, ranges: &[ByteRange], size: u64) -> VecDeq
             head.extend_from_slice(of_part.as_bytes());
         }
         head.extend_from_slice(b"\r\nContent-Range: ");
-        head.extend_from_slice(&content_range(*range, size).0);
+        head.extend_from_slice(&content_range_of(*range, size).0);
         head.extend_from_slice(b"\r\n\r\n");
         length += head.len() as u64 + range.len();
         parts.push_back(Part::Bytes(Bytes::from(head)));
@@ -376,41 +370,53 @@ fn multipart(headers: &mut HeaderMap, ranges: &[ByteRange], size: u64) -> VecDeq
     parts
 }
 
-fn content_range(range: ByteRange, size: u64) -> Line {
+fn content_range_of(range: ByteRange, size: u64) -> Line {
     let mut line = Line::new();
+    content_range(&mut line, range, size);
+    line
+}
+
+fn content_range(line: &mut Line, range: ByteRange, size: u64) {
     line.push("bytes ");
     line.number(range.start());
     line.push("-");
     line.number(range.last());
     line.push("/");
     line.number(size);
-    line
 }
 
 /// `Cache-Status` (RFC 9211) and `Server-Timing`.
 fn trace_fields(headers: &mut HeaderMap, trace: &Trace, method: Method) {
     headers.insert(CACHE_STATUS, cache_status(trace, method));
-    let timing = server_timing(trace);
-    if !timing.is_empty() {
+    if has_timing(trace) {
+        let mut timing = Line::new();
+        server_timing(&mut timing, trace);
         headers.insert(SERVER_TIMING, timing.value());
     }
 }
 
-fn server_timing(trace: &Trace) -> Line {
-    let mut timing = Line::new();
-    for (name, duration) in [
+fn timings(trace: &Trace) -> impl Iterator<Item = (&'static str, Duration)> {
+    let timings = [
         ("disk", trace.disk),
         ("remote", trace.remote),
         ("queue", trace.queued),
-    ] {
-        if !duration.is_zero() {
-            timing.push(if timing.is_empty() { "" } else { ", " });
-            timing.push(name);
-            timing.push(";dur=");
-            timing.milliseconds(duration);
-        }
+    ];
+    timings
+        .into_iter()
+        .filter(|(_, duration)| !duration.is_zero())
+}
+
+fn has_timing(trace: &Trace) -> bool {
+    timings(trace).next().is_some()
+}
+
+fn server_timing(line: &mut Line, trace: &Trace) {
+    for (index, (name, duration)) in timings(trace).enumerate() {
+        line.push(if index == 0 { "" } else { ", " });
+        line.push(name);
+        line.push(";dur=");
+        line.milliseconds(duration);
     }
-    timing
 }
 
 fn cache_status(trace: &Trace, method: Method) -> HeaderValue {
@@ -447,21 +453,28 @@ fn cache_status(trace: &Trace, method: Method) -> HeaderValue {
     status.value()
 }
 
-/// A field value of numbers and our own words, put together without the formatter of `std`, which
+/// A field value of numbers and our own words, or a head of such, put together without the formatter of `std`, which
 /// takes several times as long.
-struct Line(SmallVec<[u8; 96]>);
+struct Line(Vec<u8>);
 
 impl Line {
     fn new() -> Self {
-        Self(SmallVec::new())
-    }
-
-    fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        Self(Vec::with_capacity(96))
     }
 
     fn push(&mut self, text: &str) {
-        self.0.extend_from_slice(text.as_bytes());
+        self.push_bytes(text.as_bytes());
+    }
+
+    fn push_bytes(&mut self, text: &[u8]) {
+        self.0.extend_from_slice(text);
+    }
+
+    /// Ends a head's line and begins that of another field.
+    fn next_field(&mut self, name: &HeaderName) {
+        self.push("\r\n");
+        self.push(name.as_str());
+        self.push(": ");
     }
 
     fn number(&mut self, number: u64) {
@@ -479,7 +492,8 @@ impl Line {
     }
 
     fn value(self) -> HeaderValue {
-        HeaderValue::from_bytes(&self.0).expect("numbers and our own words are visible ASCII")
+        HeaderValue::from_maybe_shared(Bytes::from(self.0))
+            .expect("numbers and our own words are visible ASCII")
     }
 }
 
@@ -584,7 +598,7 @@ mod tests {
     fn a_range_at_the_end_of_64_bits_is_written_out() {
         let last = ByteRange::from_bounds(u64::MAX - 1, u64::MAX).unwrap();
         assert_eq!(
-            content_range(last, u64::MAX).value(),
+            content_range_of(last, u64::MAX).value(),
             "bytes 18446744073709551614-18446744073709551614/18446744073709551615"
         );
     }
