@@ -717,7 +717,7 @@ impl Pages for ColdDisk {
 async fn short_ranges_that_are_on_the_disk_alone_are_loaded_off_the_worker_as_well() {
     for (range, copied) in [("5-1004", 1000), ("5-20004", 0)] {
         let disk = ColdDisk::default();
-        let page_in = PageIn::over(disk.clone(), PATIENT);
+        let page_in = PageIn::over(disk.clone(), PATIENT).unwrap();
         let mut server = Server::over(page_in.clone(), |_| ()).await;
         let mut client = server.connect().await;
         let path = format!("/whole/{range}");
@@ -879,7 +879,7 @@ impl Pages for HangingDisk {
 async fn a_disk_that_hangs_is_passed_by_within_the_response() {
     let (release, hang) = std::sync::mpsc::channel();
     let disk = HangingDisk(std::sync::Mutex::new(hang));
-    let page_in = PageIn::over(disk, Duration::from_millis(50));
+    let page_in = PageIn::over(disk, Duration::from_millis(50)).unwrap();
     let mut server = Server::over(page_in.clone(), |_| ()).await;
     let range = "1000000-5000000";
     let mut clients = Vec::new();

@@ -15,7 +15,8 @@ import sys
 import tempfile
 import time
 
-from bench import discard, lateness, servers
+from bench import lateness, servers
+from bench.discard import drop
 from fleet import stack
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -97,7 +98,8 @@ class Connection:
         took = (time.monotonic() - begun) * 1e3
         if not received.startswith(b"HTTP/1.1 206"):
             raise stack.Broken(f"{server.name} answered {received[:300]!r}")
-        discard.drop(self.connection, end - start - len(received.partition(b"\r\n\r\n")[2]))
+        if drop(self.connection, end - start - len(received.partition(b"\r\n\r\n")[2])):
+            raise stack.Broken(f"{server.name} closed before the end of a body")
         return took
 
 

@@ -4,18 +4,21 @@
 //! sendfile from a page that has to be read from the disk blocks its thread for as long as the disk
 //! takes, and with it every connection of that worker. So [`SendfileIo`](super::io::SendfileIo)
 //! asks before each call whether the bytes are there (`is_resident`, one system call of less than
-//! a microsecond) and if not, lets `load` read them on the blocking pool.
+//! a microsecond) and if not, lets `load` read them on threads of its own.
 //!
-//! Loading is itself a sendfile, into `/dev/null`: it takes the same path through the page cache as
-//! the real one, waits until the pages are there, and copies nothing.
+//! Loading is advice that a stretch will be needed, and a byte here and there to wait for it. A kernel keeps longest what was
+//! read more than once, so the sendfile that follows has to be the first that reads all of it: else one pass over a large file
+//! drives out what others read all the time (ADR 25).
+//!
+//! The threads are [nicer](NICER) than the others of the process, and thus than the workers, from which they would take the core, where
+//! they share one, as soon as the disk has answered: building the page cache costs more than sending from it.
 //!
 //! A disk that dies does not always fail its reads; it may leave them hanging for minutes. Nobody waits
 //! for that longer than [`PATIENCE`]: the load [hangs](Hangs), and the response goes on past the
 //! disk. The read itself cannot be called off. It keeps its place, so that a dead disk takes
-//! [`CONCURRENT_LOADS`] threads of the blocking pool at most; while all places are kept so, whoever waits
+//! [`CONCURRENT_LOADS`] threads at most; while all places are kept so, whoever waits
 //! for one gives up as well.
 
-use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::sync::Arc;
@@ -25,20 +28,33 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use rustix::fs::Advice;
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::io::to_usize;
 use crate::disk::FileExtent;
 
-/// Loads at a time: enough to keep one SSD busy, few enough to leave the blocking pool to the disk
-/// tier's writes.
+/// Loads at a time, and threads for them: enough to keep one SSD busy.
 const CONCURRENT_LOADS: usize = 32;
 
 /// How far beyond a load the kernel is told to read on: the disk reads it while the socket takes
 /// what was loaded.
 const READ_AHEAD: u64 = 2 << 20;
+
+/// How much nicer (nice(2)) the threads are than the others: a tenth of their share of a core that is full, which is more than 200 MiB/s of
+/// loads. So readers of what is not in the page cache are slower there, and do not starve.
+const NICER: i32 = 10;
+
+/// The longest piece of advice. The kernel cuts longer ones to the longest request of the device or its read-ahead, whichever
+/// is more, and there are devices with 128 KiB for both.
+const ADVICE: u64 = 128 << 10;
+
+/// What is waited for by one byte, its last: what lies in the file from one multiple of this to the next, which is written at once (ADR 24) and so
+/// is read by one request.
+const STEP: u64 = 64 << 10;
 
 /// How long a read of a MiB may take. A disk with a queue of all [`CONCURRENT_LOADS`] and 20 MB/s needs
 /// two seconds; a drive that tries to mend a sector, ten and more.
@@ -61,11 +77,9 @@ pub trait Pages: Send + Sync + 'static {
 }
 
 /// The kernel's page cache.
-struct KernelPages {
-    null: File,
-}
+struct KernelPages;
 
-/// Reads stretches of files into the page cache, on the blocking pool. Cheap to clone; one per
+/// Reads stretches of files into the page cache, on threads of its own. Cheap to clone; one per
 /// process.
 #[derive(Clone)]
 pub struct PageIn(Arc<Shared>);
@@ -74,6 +88,7 @@ struct Shared {
     pages: Box<dyn Pages>,
     patience: Duration,
     permits: Arc<Semaphore>,
+    threads: Threads,
     loads: AtomicU64,
     /// Reads that have ended.
     ended: AtomicU64,
@@ -81,27 +96,66 @@ struct Shared {
     reported: AtomicBool,
 }
 
+/// Threads for loads, of which none runs anything else: who has become nicer needs a privilege to become as before.
+struct Threads(Option<Runtime>);
+
+impl Threads {
+    /// They start when they are needed, and stay: a burst of loads is seldom the last. The first one starts here, where it can still be
+    /// said that there are none left; when there is one, loads wait for it.
+    fn new() -> io::Result<Self> {
+        let threads = Builder::new_current_thread()
+            .thread_name("page-in")
+            .max_blocking_threads(CONCURRENT_LOADS)
+            .thread_keep_alive(Duration::MAX)
+            .on_thread_start(|| {
+                // Where it is forbidden, loads get in the way of workers as any thread does.
+                let _ = rustix::process::nice(NICER);
+            })
+            .build()?;
+        drop(threads.spawn_blocking(|| ()));
+        Ok(Self(Some(threads)))
+    }
+
+    /// Runs `work` on one of them.
+    fn run(&self, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+        let threads = self.0.as_ref().expect("taken by drop alone");
+        threads.spawn_blocking(work)
+    }
+}
+
+impl Drop for Threads {
+    /// Without waiting for a read that hangs.
+    fn drop(&mut self) {
+        if let Some(threads) = self.0.take() {
+            threads.shutdown_background();
+        }
+    }
+}
+
 impl PageIn {
-    /// Opens `/dev/null`.
+    /// Over the kernel's pages.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there are no threads left.
     pub fn new() -> io::Result<Self> {
-        let null = File::options().write(true).open("/dev/null")?;
-        Ok(Self::over(KernelPages { null }, PATIENCE))
+        Self::over(KernelPages, PATIENCE)
     }
 
     /// Over other pages than the kernel's, for the tests of the server.
+    ///
+    /// # Errors
+    /// When there are no threads left.
     #[doc(hidden)]
-    pub fn over(pages: impl Pages, patience: Duration) -> Self {
-        Self(Arc::new(Shared {
+    pub fn over(pages: impl Pages, patience: Duration) -> io::Result<Self> {
+        Ok(Self(Arc::new(Shared {
+            threads: Threads::new()?,
             pages: Box::new(pages),
             patience,
             permits: Arc::new(Semaphore::new(CONCURRENT_LOADS)),
             loads: AtomicU64::new(0),
             ended: AtomicU64::new(0),
             reported: AtomicBool::new(false),
-        }))
+        })))
     }
 
     /// How many stretches were found missing from the page cache and loaded.
@@ -133,7 +187,7 @@ impl PageIn {
             let permit = shared.turn().await?;
             shared.loads.fetch_add(1, Ordering::Relaxed);
             let reading = Arc::clone(&shared);
-            let load = tokio::task::spawn_blocking(move || {
+            let load = shared.threads.run(move || {
                 reading.pages.read(&extent, len);
                 reading.ended.fetch_add(1, Ordering::Relaxed);
                 reading.recovered();
@@ -213,17 +267,97 @@ impl Pages for KernelPages {
 
     fn read(&self, extent: &FileExtent, len: u64) {
         let file = extent.file().file();
-        let ahead = NonZeroU64::new(extent.len().min(len + READ_AHEAD));
-        // Advice: where it fails, reads are merely later.
-        let _ = rustix::fs::fadvise(file, extent.offset(), ahead, Advice::WillNeed);
-        let mut offset = extent.offset();
-        let end = offset + len;
+        let start = extent.offset();
+        let ahead = start + extent.len().min(len + READ_AHEAD);
+        // All of it before any is waited for: disks do many things at a time.
+        for offset in (start..ahead).step_by(to_usize(ADVICE)) {
+            let piece = NonZeroU64::new(ADVICE.min(ahead - offset));
+            // Advice: where it fails, reads are merely later.
+            let _ = rustix::fs::fadvise(file, offset, piece, Advice::WillNeed);
+        }
+        let end = start + len;
+        let mut offset = start;
         while offset < end {
-            let left = to_usize(end - offset);
-            match rustix::fs::sendfile(&self.null, file, Some(&mut offset), left) {
-                Ok(1..) | Err(Errno::INTR) => {}
-                Ok(0) | Err(_) => break,
+            offset = end.min((offset / STEP + 1) * STEP);
+            let mut last = [0_u8; 1];
+            let read = || rustix::io::pread(file, &mut last, offset - 1);
+            if retry_on_intr(read) != Ok(1) {
+                break;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt as _;
+    use std::sync::mpsc::{Sender, channel};
+
+    use super::*;
+
+    /// Says how nice the thread is that reads.
+    struct Asked(Sender<i32>);
+
+    fn niceness() -> i32 {
+        rustix::process::getpriority_process(None).unwrap()
+    }
+
+    impl Pages for Asked {
+        fn is_resident(&self, _: &FileExtent, _: u64) -> bool {
+            false
+        }
+
+        fn copy_resident(&self, _: &FileExtent, _: &mut [u8]) -> bool {
+            false
+        }
+
+        fn read(&self, _: &FileExtent, _: u64) {
+            self.0.send(niceness()).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn loads_give_way_and_nobody_else_does() {
+        let (asked, answer) = channel();
+        let page_in = PageIn::over(Asked(asked), PATIENCE).unwrap();
+        let extent = FileExtent::from_file(tempfile::tempfile().unwrap(), 0, 1);
+        page_in.load(extent, 1).await.unwrap();
+        let own = niceness();
+        assert_eq!(answer.recv().unwrap(), (own + NICER).min(19));
+        let other = tokio::task::spawn_blocking(niceness).await.unwrap();
+        assert_eq!(other, own);
+    }
+
+    fn is_there(file: &File, offset: u64) -> Result<usize, Errno> {
+        let mut byte = [0_u8; 1];
+        let slices = &mut [IoSliceMut::new(&mut byte)];
+        rustix::io::preadv2(file, slices, offset, ReadWriteFlags::NOWAIT)
+    }
+
+    #[tokio::test]
+    async fn what_was_loaded_is_there() {
+        const SIZE: u64 = 12 << 20;
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&vec![1; to_usize(SIZE)], 0).unwrap();
+        file.sync_all().unwrap();
+        rustix::fs::fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+        if is_there(&file, 0) != Err(Errno::AGAIN) {
+            // tmpfs, or a file system that cannot tell.
+            eprintln!("not tested: the page cache could not be emptied");
+            return;
+        }
+        let page_in = PageIn::new().unwrap();
+        let (start, len) = (STEP + 5_000, (8 << 20) + 3);
+        let extent = FileExtent::from_file(file.try_clone().unwrap(), start, len);
+        page_in.load(extent, len).await.unwrap();
+        // What came last first. A piece in two places of the disk may come in either order.
+        let pages = (start..start + len).rev().step_by(4096);
+        let missing = pages.filter(|&offset| is_there(&file, offset) != Ok(1));
+        let missing = missing.count();
+        assert!(missing < 20, "{missing} of 2049 pages are missing");
+        // A file that is shorter than its extent: whoever sends it finds out.
+        let extent = FileExtent::from_file(file, SIZE - 100, 5_000_000);
+        page_in.load(extent, 5_000_000).await.unwrap();
     }
 }
