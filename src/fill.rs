@@ -793,7 +793,8 @@ struct Followers {
 
 impl Followers {
     fn have_news_of_the_first_bytes(&self) -> bool {
-        self.told.is_none() && self.answered.view.cursor() > self.flight.span.start
+        let start = self.flight.span.start;
+        self.told.is_none_or(|told| told == start) && self.answered.view.cursor() > start
     }
 
     /// Tells them how far the writer is.

@@ -13,6 +13,7 @@ use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -668,27 +669,37 @@ async fn a_labelled_read_is_kept_unless_others_have_its_bytes() {
 
 #[tokio::test]
 async fn the_first_bytes_are_told_of_while_more_are_at_hand() {
-    let world = World::new(PART, 1);
-    let mut read = world.read_first_part().await;
-    let (seen, wait) = std::sync::mpsc::channel();
-    let mut frames = 0;
-    let body = read.body.inspect(move |_frame| {
-        frames += 1;
-        if frames == 2 {
-            // All of it is at hand, and the thread that writes is held up here until somebody has the first frame.
-            wait.recv_timeout(Duration::from_mins(1)).unwrap();
-        }
-    });
-    read.body = body.boxed();
-    let era = world.filler.era();
-    let mut follow = world.filler.adopt(&world.source, read, era).unwrap();
+    for head_comes_alone in [false, true] {
+        let world = World::new(PART, 1);
+        let mut read = world.read_first_part().await;
+        let (seen, wait) = std::sync::mpsc::channel();
+        let mut frames = 0;
+        let mut body = read.body.inspect(move |_frame| {
+            frames += 1;
+            if frames == 2 {
+                // All of it is at hand, and the thread that writes is held up here until somebody has the first frame.
+                wait.recv_timeout(Duration::from_mins(1)).unwrap();
+            }
+        });
+        let mut is_dry = head_comes_alone;
+        read.body = futures::stream::poll_fn(move |cx| {
+            if std::mem::take(&mut is_dry) {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            body.poll_next_unpin(cx)
+        })
+        .boxed();
+        let era = world.filler.era();
+        let mut follow = world.filler.adopt(&world.source, read, era).unwrap();
 
-    let extent = soon(follow.extent(range(0, PART))).await.unwrap().unwrap();
-    assert!(extent.len() < PART);
-    assert!(self::read(&extent) == world.slice(0, extent.len()));
-    seen.send(()).unwrap();
-    let sent = soon(world.send(vec![follow], range(0, PART))).await;
-    assert!(sent.unwrap() == world.slice(0, PART));
+        let extent = soon(follow.extent(range(0, PART))).await.unwrap().unwrap();
+        assert!(extent.len() < PART);
+        assert!(self::read(&extent) == world.slice(0, extent.len()));
+        seen.send(()).unwrap();
+        let sent = soon(world.send(vec![follow], range(0, PART))).await;
+        assert!(sent.unwrap() == world.slice(0, PART));
+    }
 }
 
 #[tokio::test]
