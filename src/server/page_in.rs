@@ -52,8 +52,8 @@ const NICER: i32 = 10;
 /// is more, and there are devices with 128 KiB for both.
 const ADVICE: u64 = 128 << 10;
 
-/// What is waited for by one byte, its last: what lies in the file from one multiple of this to the next, which is written at once (ADR 24) and so
-/// is read by one request.
+/// What is waited for by two bytes, its first and its last: what lies in the file from one multiple of this to the next, which is written at
+/// once (ADR 24) and so mostly lies in one place of the disk, seldom in two.
 const STEP: u64 = 64 << 10;
 
 /// How long a read of a MiB may take. A disk with a queue of all [`CONCURRENT_LOADS`] and 20 MB/s needs
@@ -100,8 +100,8 @@ struct Shared {
 struct Threads(Option<Runtime>);
 
 impl Threads {
-    /// They start when they are needed, and stay: a burst of loads is seldom the last. The first one starts here, where it can still be
-    /// said that there are none left; when there is one, loads wait for it.
+    /// They start when they are needed, and stay: a burst of loads is seldom the last. The first one starts here, and where no thread
+    /// can be had it panics as the start of workers does; when there is one, loads wait for it.
     fn new() -> io::Result<Self> {
         let threads = Builder::new_current_thread()
             .thread_name("page-in")
@@ -136,7 +136,10 @@ impl PageIn {
     /// Over the kernel's pages.
     ///
     /// # Errors
-    /// When there are no threads left.
+    /// When the system has no descriptors left.
+    ///
+    /// # Panics
+    /// When it has no threads left.
     pub fn new() -> io::Result<Self> {
         Self::over(KernelPages, PATIENCE)
     }
@@ -144,7 +147,10 @@ impl PageIn {
     /// Over other pages than the kernel's, for the tests of the server.
     ///
     /// # Errors
-    /// When there are no threads left.
+    /// As [`PageIn::new`].
+    ///
+    /// # Panics
+    /// As [`PageIn::new`].
     #[doc(hidden)]
     pub fn over(pages: impl Pages, patience: Duration) -> io::Result<Self> {
         Ok(Self(Arc::new(Shared {
@@ -278,12 +284,12 @@ impl Pages for KernelPages {
         let end = start + len;
         let mut offset = start;
         while offset < end {
-            offset = end.min((offset / STEP + 1) * STEP);
-            let mut last = [0_u8; 1];
-            let read = || rustix::io::pread(file, &mut last, offset - 1);
-            if retry_on_intr(read) != Ok(1) {
+            let next = end.min((offset / STEP + 1) * STEP);
+            let wait_for = |at| retry_on_intr(|| rustix::io::pread(file, &mut [0_u8; 1][..], at));
+            if wait_for(offset) != Ok(1) || wait_for(next - 1) != Ok(1) {
                 break;
             }
+            offset = next;
         }
     }
 }
@@ -351,7 +357,7 @@ mod tests {
         let (start, len) = (STEP + 5_000, (8 << 20) + 3);
         let extent = FileExtent::from_file(file.try_clone().unwrap(), start, len);
         page_in.load(extent, len).await.unwrap();
-        // What came last first. A piece in two places of the disk may come in either order.
+        // What came last first. A piece in three places of the disk may come in any order.
         let pages = (start..start + len).rev().step_by(4096);
         let missing = pages.filter(|&offset| is_there(&file, offset) != Ok(1));
         let missing = missing.count();
