@@ -93,8 +93,8 @@ pub(super) struct Heads {
 }
 
 impl Heads {
-    /// What `bytes`, read from the client, are answered with; `None`: give them to hyper. `begins`: no head was under way
-    /// before them.
+    /// What `bytes`, read from the client, are answered with; `None`: [they are for hyper](Self::are_for_hyper). `begins`: no head was
+    /// under way before them.
     pub(super) fn answer(
         &mut self,
         bytes: &[u8],
@@ -125,15 +125,19 @@ impl Heads {
             }
             self.last = pattern.flatten();
         }
-        self.again = None;
         self.given += 1;
         queue.repeats(range.is_some().then_some(self.given));
         None
     }
 
-    /// The last one was answered without hyper, or could have been.
+    /// All since some head were answered without hyper, which has nothing to do then.
     pub(super) fn are_repeated(&self) -> bool {
         self.again.is_some()
+    }
+
+    /// hyper is given the last one, or whatever it is, and has to be polled until that is answered.
+    pub(super) fn are_for_hyper(&mut self) {
+        self.again = None;
     }
 
     /// What hyper was given ends in the middle of a head.
@@ -312,6 +316,7 @@ mod tests {
         let asked = Arc::new(Asked::default());
         let give = |heads: &mut Heads, bytes: &[u8]| {
             assert!(heads.answer(bytes, true, &queue).is_none());
+            heads.are_for_hyper();
             asked.0.load(Ordering::Relaxed)
         };
         let arm = |number| queue.arm(number, Arc::clone(&asked) as Arc<dyn Again>);

@@ -969,6 +969,7 @@ impl SendfileIo {
                 self.answer = self.heads.answer(bytes, begins, &self.queue);
             }
             if self.answer.is_none() {
+                self.heads.are_for_hyper();
                 give(bytes);
                 return Poll::Ready(Ok(()));
             }

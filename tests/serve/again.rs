@@ -562,6 +562,34 @@ async fn a_drain_ends_repeated_answers_as_others() {
 }
 
 /// The next request is there before the socket has taken the answer to the last.
+/// The last request of a connection that repeated is hyper's, which has to be polled until it is answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_last_request_that_has_to_wait_for_the_remote_is_answered() {
+    let (mut world, object, tag) = holding(90, 3 * BLOCK).await;
+    world.config.server.drain_grace = Duration::from_secs(2);
+    let world = world.restart().await;
+    let mut connection = Connection::armed(&world, &tag).await;
+    let plain = ranged(&tag, "bytes=1-5");
+    assert!(connection.repeats(&world, &plain).await);
+    assert_eq!(world.purge("/m/object").await, 200);
+
+    let data = world.replica.data;
+    let _draining = tokio::spawn(world.replica.drain(true));
+    loop {
+        let tcp = TcpStream::connect(data).await.unwrap();
+        let mut other = Connection(BufReader::new(tcp));
+        let answer = other
+            .ask("GET /nowhere HTTP/1.1\r\nHost: test\r\n\r\n")
+            .await;
+        if answer.fields.contains_key("connection") {
+            break;
+        }
+    }
+    let answer = connection.ask(&plain).await;
+    assert_eq!(answer.fields["connection"], "close");
+    assert!(answer.body == object[1..6], "{}", answer.status);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_under_way_is_not_cut_into() {
     let (world, object, tag) = holding(90, 16 * PART).await;
