@@ -254,6 +254,23 @@ async fn asks_for_exactly_the_guarded_range() {
     );
 }
 
+/// S3's logs name us, and no GET pays for what the SDK would tell of itself.
+#[tokio::test]
+async fn names_itself_and_nothing_of_the_sdk() {
+    let wire = Wire::start(vec![vec![Step::send(GOOD)]]).await;
+    let read = connect(&wire).await.read(&guard(), TEN).await.unwrap();
+    assert_eq!(collect(read).await.unwrap(), b"0123456789");
+    let request = &wire.requests()[0];
+    let agent = concat!(
+        "\r\nuser-agent: pinrange/",
+        env!("CARGO_PKG_VERSION"),
+        "\r\n"
+    );
+    assert!(request.contains(agent), "{request}");
+    assert_eq!(request.matches("user-agent").count(), 1, "{request}");
+    assert!(!request.contains("amz-sdk"), "{request}");
+}
+
 #[tokio::test]
 async fn passes_the_trace_on() {
     let wire = Wire::start(vec![vec![Step::send(GOOD)]]).await;

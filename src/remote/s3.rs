@@ -14,6 +14,10 @@
 //!       else    → classify → RemoteError
 //! ```
 //!
+//! A success ends the SDK's call where the connector has its head: the call is dropped, as it is when time is up. What the SDK
+//! makes of a success would hold up a cold range's first byte, and nobody reads it. Nor does the SDK tell of itself and its
+//! attempts, of which there is one: what costs most before a GET leaves, next to the signature.
+//!
 //! The SDK's retries, stalled-stream protection and response checksums are off: the caller owns the
 //! retry budget, we have our own timeouts, and a checksum that is known at the end of the body
 //! comes too late for bytes that were already sent on. Timeouts: the TCP and TLS handshake; the
@@ -33,7 +37,7 @@ use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::fmt;
 use std::future::Future;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
@@ -45,6 +49,10 @@ use aws_config::meta::region::RegionProviderChain;
 use aws_config::profile::ProfileFileRegionProvider;
 use aws_config::{BehaviorVersion, ConfigLoader, SdkConfig};
 use aws_credential_types::provider::error::CredentialsError;
+use aws_runtime::invocation_id::InvocationIdInterceptor;
+use aws_runtime::request_info::RequestInfoInterceptor;
+use aws_runtime::service_clock_skew::ServiceClockSkewInterceptor;
+use aws_runtime::user_agent::UserAgentInterceptor;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::http::HttpResponse;
 use aws_sdk_s3::config::retry::RetryConfig;
@@ -58,12 +66,16 @@ use aws_sdk_s3::operation::get_object::builders::GetObjectFluentBuilder;
 use aws_sdk_s3::primitives::SdkBody;
 use aws_sdk_s3::types::ChecksumMode;
 use aws_smithy_http_client::tls;
+use aws_smithy_runtime_api::box_error::BoxError;
 use aws_smithy_runtime_api::client::http::{
     HttpClient, HttpConnector, HttpConnectorFuture, HttpConnectorSettings, SharedHttpConnector,
 };
+use aws_smithy_runtime_api::client::interceptors::context::BeforeSerializationInterceptorContextRef;
+use aws_smithy_runtime_api::client::interceptors::{Intercept, disable_interceptor};
 use aws_smithy_runtime_api::client::orchestrator::HttpRequest;
 use aws_smithy_runtime_api::client::result::ConnectorError;
 use aws_smithy_runtime_api::http::Headers;
+use aws_smithy_types::config_bag::ConfigBag;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
@@ -83,6 +95,9 @@ use crate::semantics::{ByteRange, RangeSpec};
 /// of S3 that another try may mend (there is no connection of its own that it could close), though what comes of them is
 /// in our own [`RemoteError`], which is logged once.
 pub const QUIET: &str = "aws_config=off,aws_smithy_runtime=off";
+
+/// Stands in the bucket's access log.
+const USER_AGENT: &str = concat!("pinrange/", env!("CARGO_PKG_VERSION"));
 
 /// Longest key that S3 takes, in bytes; a longer one names nothing.
 const MAX_KEY: usize = 1024;
@@ -223,6 +238,7 @@ impl S3Remote {
         let mut config = aws_sdk_s3::config::Builder::from(&shared)
             .http_client(OverWire(Arc::clone(&transport.wire)))
             .force_path_style(settings.path_style)
+            .interceptor(OneAttempt)
             .retry_config(RetryConfig::disabled())
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
@@ -248,28 +264,23 @@ impl S3Remote {
         self.client.get_object().bucket(&self.bucket).key(key)
     }
 
-    /// Sends a GET. The body is untouched and unchecked.
-    async fn fetch(
-        &self,
-        op: &'static str,
-        request: GetObjectFluentBuilder,
-    ) -> Result<(Head, wire::Body), Refusal> {
-        let (head, body) = self.exchange(op, request.send()).await?;
-        Ok((head, body.expect("every success has its body set aside")))
-    }
-
-    /// Waits for the response's head and, for an error, its body.
+    /// Waits for the response's head and, for an error, its body. A success's is untouched and unchecked.
     async fn exchange<T, E>(
         &self,
         op: &'static str,
         sent: impl Future<Output = Result<T, SdkError<E, HttpResponse>>>,
-    ) -> Result<(Head, Option<wire::Body>), Refusal>
+    ) -> Result<(Head, wire::Body), Refusal>
     where
         E: ProvideErrorMetadata + StdError + Send + Sync + 'static,
     {
         let past = Past::default();
-        let sent = PAST_THE_SDK.scope(Arc::clone(&past), sent);
-        let Ok(result) = tokio::time::timeout(self.first_byte_timeout, sent).await else {
+        let mut sent = pin!(PAST_THE_SDK.scope(Arc::clone(&past), sent));
+        // A success is here before the SDK has it, which would only read what we read ourselves, and is dropped then.
+        let answered = std::future::poll_fn(|cx| match sent.as_mut().poll(cx) {
+            Poll::Pending if past.lock().body.is_some() => Poll::Ready(None),
+            polled => polled.map(Some),
+        });
+        let Ok(result) = tokio::time::timeout(self.first_byte_timeout, answered).await else {
             let detail = format!("no response within {:?}", self.first_byte_timeout);
             return Err(RemoteError::new(RemoteErrorKind::Timeout, op, detail).into());
         };
@@ -278,16 +289,18 @@ impl S3Remote {
             head,
             body,
         } = std::mem::take(&mut *past.lock());
-        match (head, result) {
-            (Some(head), Ok(_nothing)) => Ok((head, body)),
-            (Some(head), Err(error)) => Err(Refusal::of_response(
+        match (head, body, result) {
+            (Some(head), Some(body), None) => Ok((head, body)),
+            (Some(head), None, Some(Err(error))) => Err(Refusal::of_response(
                 op,
                 head,
                 access_key_id.as_deref(),
                 &error,
             )),
-            (None, Err(error)) => Err(transport_error(op, error).into()),
-            (None, Ok(_)) => unreachable!("the SDK has no output without a response"),
+            (_, _, Some(Err(error))) => Err(transport_error(op, error).into()),
+            (_, _, None | Some(Ok(_))) => {
+                unreachable!("the SDK is dropped before it has an output")
+            }
         }
     }
 
@@ -303,7 +316,7 @@ impl S3Remote {
             .if_match(guard.validator.as_field_value())
             .range(range_field(want))
             .set_version_id(version_id.map(str::to_owned));
-        let (head, body) = self.fetch(OP, request).await?;
+        let (head, body) = self.exchange(OP, request.send()).await?;
         let (representation, range) = head.check_range(OP, want)?;
         head.check_validator(OP, &representation, &guard.validator)?;
         guard.check_size(OP, representation.size)?;
@@ -401,7 +414,7 @@ impl S3Remote {
             .get(key)
             .set_range(want.map(range_field))
             .set_if_none_match(unless.map(|validator| validator.as_field_value().to_owned()));
-        let (head, body) = match (self.fetch(OP, request).await, unless) {
+        let (head, body) = match (self.exchange(OP, request.send()).await, unless) {
             (Ok(answer), _) => answer,
             (
                 Err(Refusal {
@@ -626,6 +639,11 @@ impl HttpConnector for WireConnector {
                 .map_err(|error| ConnectorError::user(error.into()))?;
             // A GET or HEAD: there is nothing to send but the head.
             let mut request = request.map(|_nothing| Empty::new());
+            // No part of the signature, either.
+            let agent = HeaderValue::from_static(USER_AGENT);
+            request
+                .headers_mut()
+                .insert(http::header::USER_AGENT, agent);
             if let Ok(Some(trace)) = TRACEPARENT.try_with(Clone::clone) {
                 let trace = HeaderValue::try_from(trace.into_string())
                     .map_err(|error| ConnectorError::user(error.into()))?;
@@ -644,12 +662,19 @@ impl HttpConnector for WireConnector {
                 .map_err(|error| ConnectorError::other(error.into(), None))?;
             // What the SDK does not see cannot fail its parsers (`Expires: 0`), and it needs none of it.
             let headers = std::mem::take(response.headers_mut());
-            let mut past = past.lock();
-            past.body = aside;
-            past.head = Some(Head {
-                status: response.status().as_u16(),
-                headers,
-            });
+            let succeeded = aside.is_some();
+            {
+                let mut past = past.lock();
+                past.body = aside;
+                past.head = Some(Head {
+                    status: response.status().as_u16(),
+                    headers,
+                });
+            }
+            if succeeded {
+                // The exchange looks for it whenever this waits, and drops this then.
+                std::future::pending::<()>().await;
+            }
             Ok(response)
         })
     }
@@ -682,7 +707,32 @@ fn http_client() -> SharedHttpClient {
         .build_https()
 }
 
-/// Stands in the `User-Agent`, and so in the bucket's access log.
+/// Leaves out what the SDK would tell S3 of itself and of its attempts, of which there is one, and how it corrects its clock by a
+/// field that it does not see.
+#[derive(Debug)]
+struct OneAttempt;
+
+impl Intercept for OneAttempt {
+    fn name(&self) -> &'static str {
+        "OneAttempt"
+    }
+
+    fn read_before_execution(
+        &self,
+        _: &BeforeSerializationInterceptorContextRef<'_>,
+        config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        const WHY: &str = "there is one attempt, and nobody reads of it";
+        let state = config.interceptor_state();
+        state.store_put(disable_interceptor::<InvocationIdInterceptor>(WHY));
+        state.store_put(disable_interceptor::<RequestInfoInterceptor>(WHY));
+        state.store_put(disable_interceptor::<ServiceClockSkewInterceptor>(WHY));
+        state.store_put(disable_interceptor::<UserAgentInterceptor>(WHY));
+        Ok(())
+    }
+}
+
+/// Stands in the `User-Agent` of requests for credentials.
 fn app_name() -> AppName {
     AppName::new("pinrange").expect("letters only")
 }
