@@ -239,12 +239,18 @@ async fn faults_of_a_real_exchange_are_told_apart() {
     );
 }
 
+/// What a guarded read sends.
+async fn request_of_a_read() -> String {
+    let wire = Wire::start(vec![vec![Step::send(GOOD)]]).await;
+    let read = connect(&wire).await.read(&guard(), TEN).await;
+    let body = collect(read.expect("a head")).await;
+    assert_eq!(body.expect("a whole body"), b"0123456789");
+    wire.requests().remove(0)
+}
+
 #[tokio::test]
 async fn asks_for_exactly_the_guarded_range() {
-    let wire = Wire::start(vec![vec![Step::send(GOOD)]]).await;
-    let read = connect(&wire).await.read(&guard(), TEN).await.unwrap();
-    assert_eq!(collect(read).await.unwrap(), b"0123456789");
-    let request = &wire.requests()[0];
+    let request = request_of_a_read().await;
     assert!(request.starts_with("get /secret-bucket/key"), "{request}");
     assert!(request.contains("\r\nif-match: \"a\"\r\n"), "{request}");
     assert!(request.contains("\r\nrange: bytes=0-9\r\n"), "{request}");
@@ -257,10 +263,7 @@ async fn asks_for_exactly_the_guarded_range() {
 /// S3's logs name us, and no GET pays for what the SDK would tell of itself.
 #[tokio::test]
 async fn names_itself_and_nothing_of_the_sdk() {
-    let wire = Wire::start(vec![vec![Step::send(GOOD)]]).await;
-    let read = connect(&wire).await.read(&guard(), TEN).await.unwrap();
-    assert_eq!(collect(read).await.unwrap(), b"0123456789");
-    let request = &wire.requests()[0];
+    let request = request_of_a_read().await;
     let agent = concat!(
         "\r\nuser-agent: pinrange/",
         env!("CARGO_PKG_VERSION"),

@@ -690,7 +690,7 @@ async fn a_writer_pulls_a_turn_at_a_time_and_nothing_where_no_file_can_be_made()
 fn with_long_blocks(dir: &Path, steps: u64) -> Arc<DiskTier> {
     let config = DiskConfig {
         capacity: 64 << 20,
-        block_size: steps * writer::WRITE_STEP,
+        block_size: steps * WRITE_STEP,
         ..config(dir)
     };
     DiskTier::open(config).unwrap()
@@ -698,7 +698,7 @@ fn with_long_blocks(dir: &Path, steps: u64) -> Arc<DiskTier> {
 
 #[tokio::test]
 async fn whole_steps_are_written_however_the_bytes_come() {
-    const STEP: u64 = writer::WRITE_STEP;
+    const STEP: u64 = WRITE_STEP;
     const SIZE: u64 = 11 * STEP + 100;
     let dir = tempfile::tempdir().unwrap();
     let tier = with_long_blocks(dir.path(), 4);
@@ -732,7 +732,7 @@ async fn whole_steps_are_written_however_the_bytes_come() {
 
 #[tokio::test]
 async fn what_is_held_back_is_written_when_it_is_asked_for() {
-    const STEP: u64 = writer::WRITE_STEP;
+    const STEP: u64 = WRITE_STEP;
     let dir = tempfile::tempdir().unwrap();
     let tier = with_long_blocks(dir.path(), 2);
     let held = admit(&tier, "x", 2 * STEP).await;

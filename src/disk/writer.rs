@@ -36,7 +36,7 @@ use crate::semantics::ByteRange;
 
 /// Bytes of one write. A large one holds the inode's lock against senders: 1 MiB stalled
 /// sendfile by 2.4 ms (p99), 64 KiB by 0.09 ms.
-pub(super) const WRITE_STEP: u64 = 64 << 10;
+pub const WRITE_STEP: u64 = 64 << 10;
 
 /// Bytes of one turn on a thread that may block: a fraction of a millisecond, after which those who follow hear of
 /// them.

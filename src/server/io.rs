@@ -933,9 +933,7 @@ impl SendfileIo {
             }
         }
     }
-}
 
-impl SendfileIo {
     /// Reads from the client, and answers by itself what is only a repetition. `give` gets what is hyper's business, at most
     /// `room` bytes; nothing: the client has ended its side.
     fn poll_read_from_client(
@@ -986,18 +984,6 @@ impl SendfileIo {
         }
         waited.map(|()| Err(timed_out(what)))
     }
-
-    /// Goes on while all that comes are repetitions. `Ready`: hyper has to look. `Pending`: it need not be polled, for it
-    /// waits for a head, and would find out that there is none in a KiB and a half of its own (ADR 27).
-    pub(super) fn poll_repetitions(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if !self.heads.are_repeated() || self.read_ahead.is_some() {
-            return Poll::Ready(());
-        }
-        let mut bytes = Vec::new();
-        let read = ready!(self.poll_read_from_client(cx, usize::MAX, |read| bytes = read.to_vec()));
-        self.read_ahead = Some(read.map(|()| bytes));
-        Poll::Ready(())
-    }
 }
 
 /// A connection as its task and hyper share it, and as hyper sees it. Nobody ever waits for the lock.
@@ -1009,9 +995,17 @@ impl SharedIo {
         Self(Arc::new(Mutex::new(io)))
     }
 
-    /// See [`SendfileIo::poll_repetitions`].
+    /// Goes on while all that comes are repetitions. `Ready`: hyper has to look. `Pending`: it need not be polled, for it
+    /// waits for a head, and would find out that there is none in a KiB and a half of its own (ADR 27).
     pub(super) fn poll_repetitions(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.0.lock().poll_repetitions(cx)
+        let mut io = self.0.lock();
+        if !io.heads.are_repeated() || io.read_ahead.is_some() {
+            return Poll::Ready(());
+        }
+        let mut bytes = Vec::new();
+        let read = ready!(io.poll_read_from_client(cx, usize::MAX, |read| bytes = read.to_vec()));
+        io.read_ahead = Some(read.map(|()| bytes));
+        Poll::Ready(())
     }
 
     /// `None`: it is shared still.
@@ -1213,29 +1207,31 @@ mod tests {
         bytes.filled().to_vec()
     }
 
-    #[tokio::test]
-    async fn no_answer_is_to_be_repeated_once_the_last_one_is_announced() {
-        const HEAD: &[u8] = b"GET /a HTTP/1.1\r\nHost: b\r\nRange: bytes=10-20\r\n\r\n";
+    /// A client, and the other side of its connection.
+    async fn connection(queue: &SendQueue, ending: &Ending) -> (TcpStream, SharedIo) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await;
-        let client = client.unwrap();
         let (server, _) = listener.accept().await.unwrap();
-        let (queue, ending) = (SendQueue::default(), Ending::default());
-        let page_in = PageIn::new().unwrap();
         let timeouts = Timeouts {
             idle: Duration::from_mins(1),
             ..TIMEOUTS
         };
-        let unsent = Pool::of_this_machine();
         let io = SendfileIo::new(
             server,
             queue.clone(),
-            page_in,
-            &unsent,
+            PageIn::new().unwrap(),
+            &Pool::of_this_machine(),
             timeouts,
             ending.clone(),
         );
-        let mut io = SharedIo::new(io);
+        (client.unwrap(), SharedIo::new(io))
+    }
+
+    #[tokio::test]
+    async fn no_answer_is_to_be_repeated_once_the_last_one_is_announced() {
+        const HEAD: &[u8] = b"GET /a HTTP/1.1\r\nHost: b\r\nRange: bytes=10-20\r\n\r\n";
+        let (queue, ending) = (SendQueue::default(), Ending::default());
+        let (client, mut io) = connection(&queue, &ending).await;
         for (announced, repeated) in [(false, None), (false, Some(2)), (true, None)] {
             if announced {
                 ending.announce();
@@ -1250,22 +1246,7 @@ mod tests {
 
     #[tokio::test]
     async fn hyper_gets_what_was_read_ahead_of_it_whole_and_in_order() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let client = TcpStream::connect(listener.local_addr().unwrap()).await;
-        let client = client.unwrap();
-        let (server, _) = listener.accept().await.unwrap();
-        let timeouts = Timeouts {
-            idle: Duration::from_mins(1),
-            ..TIMEOUTS
-        };
-        let mut io = SharedIo::new(SendfileIo::new(
-            server,
-            SendQueue::default(),
-            PageIn::new().unwrap(),
-            &Pool::of_this_machine(),
-            timeouts,
-            Ending::default(),
-        ));
+        let (client, mut io) = connection(&SendQueue::default(), &Ending::default()).await;
         // More than one read of hyper's takes.
         let ahead: Vec<u8> = (0..5000_u32).map(|at| (at % 251) as u8).collect();
         io.0.lock().read_ahead = Some(Ok(ahead.clone()));

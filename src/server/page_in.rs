@@ -35,7 +35,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::io::to_usize;
-use crate::disk::FileExtent;
+use crate::disk::{FileExtent, WRITE_STEP};
 
 /// Loads at a time, and threads for them: enough to keep one SSD busy.
 const CONCURRENT_LOADS: usize = 32;
@@ -51,10 +51,6 @@ const NICER: i32 = 10;
 /// The longest piece of advice. The kernel cuts longer ones to the longest request of the device or its read-ahead, whichever
 /// is more, and there are devices with 128 KiB for both.
 const ADVICE: u64 = 128 << 10;
-
-/// What is waited for by two bytes, its first and its last: what lies in the file from one multiple of this to the next, which is written at
-/// once (ADR 24) and so mostly lies in one place of the disk, seldom in two.
-const STEP: u64 = 64 << 10;
 
 /// How long a read of a MiB may take. A disk with a queue of all [`CONCURRENT_LOADS`] and 20 MB/s needs
 /// two seconds; a drive that tries to mend a sector, ten and more.
@@ -284,7 +280,8 @@ impl Pages for KernelPages {
         let end = start + len;
         let mut offset = start;
         while offset < end {
-            let next = end.min((offset / STEP + 1) * STEP);
+            // Written at once, and so mostly in one place of the disk, seldom in two: its first and its last byte tell.
+            let next = end.min((offset / WRITE_STEP + 1) * WRITE_STEP);
             let wait_for = |at| retry_on_intr(|| rustix::io::pread(file, &mut [0_u8; 1][..], at));
             if wait_for(offset) != Ok(1) || wait_for(next - 1) != Ok(1) {
                 break;
@@ -354,7 +351,7 @@ mod tests {
             return;
         }
         let page_in = PageIn::new().unwrap();
-        let (start, len) = (STEP + 5_000, (8 << 20) + 3);
+        let (start, len) = (WRITE_STEP + 5_000, (8 << 20) + 3);
         let extent = FileExtent::from_file(file.try_clone().unwrap(), start, len);
         page_in.load(extent, len).await.unwrap();
         // What came last first. A piece in three places of the disk may come in any order.

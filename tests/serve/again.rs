@@ -561,7 +561,6 @@ async fn a_drain_ends_repeated_answers_as_others() {
     assert_eq!(report.cut, 0, "{report:?}");
 }
 
-/// The next request is there before the socket has taken the answer to the last.
 /// The last request of a connection that repeated is hyper's, which has to be polled until it is answered.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_last_request_that_has_to_wait_for_the_remote_is_answered() {
@@ -590,6 +589,7 @@ async fn a_last_request_that_has_to_wait_for_the_remote_is_answered() {
     assert!(answer.body == object[1..6], "{}", answer.status);
 }
 
+/// The next request is there before the socket has taken the answer to the last.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_under_way_is_not_cut_into() {
     let (world, object, tag) = holding(90, 16 * PART).await;

@@ -546,11 +546,10 @@ impl<'a> Download<'a> {
             if written != saved {
                 let part = Arc::clone(part);
                 saves.spawn_blocking(move || part.commit_now());
-                match saves.join_next().await.expect("just begun") {
-                    Ok(Ok(())) => saved = written,
-                    Ok(Err(error)) => return error,
-                    Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+                if let Err(error) = join(saves).await {
+                    return error;
                 }
+                saved = written;
             }
         }
     }
@@ -609,8 +608,9 @@ where
     }
 }
 
-async fn join(workers: &mut JoinSet<Result<(), Stop>>) -> Result<(), Stop> {
-    while let Some(ended) = workers.join_next().await {
+/// Waits for all of them, or for the first that fails.
+async fn join<E: 'static>(tasks: &mut JoinSet<Result<(), E>>) -> Result<(), E> {
+    while let Some(ended) = tasks.join_next().await {
         ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
     }
     Ok(())
