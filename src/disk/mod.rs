@@ -16,7 +16,9 @@
 //! Who does what:
 //!
 //! ```text
-//!  tier.rs        DiskTier: open, lookup, load, admit, reserve/evict, purge, close
+//!  tier.rs        DiskTier: open, lookup, load, admit, reserve, purge, close
+//!    ├ tier/evict.rs    room: what goes, and when there is enough
+//!    ├ tier/trouble.rs  what failed, and whether writes are refused for a while
 //!    ├ held.rs      HeldRevision: which blocks of one revision lie where   (the warm path)
 //!    │   ├ coverage.rs  bits and geometry, pure
 //!    │   └ extent.rs    SegmentFile, FileExtent
@@ -32,7 +34,8 @@
 //!    ├ room.rs      the account of bytes: Reservation → Charge
 //!    ├ watch.rs     how long the disk is waited for
 //!    ├ revive.rs    a directory that vanished or broke: let go of, and opened again
-//!    └ failpoint.rs the steps at which tests take the power away
+//!    ├ failpoint.rs the steps at which tests take the power away
+//!    └ inline.rs    blocking work done in place, for tests on one thread
 //!  offline.rs     the same checks on the directory of a replica that does not run
 //! ```
 //!

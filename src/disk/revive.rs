@@ -33,7 +33,8 @@ use rustix::fs::FlockOperation;
 
 use super::DiskError;
 use super::catalog::{Batch, Catalog, Commit, LONGEST_LOG};
-use super::tier::{DiskTier, Shared, lock, make_shards, policy_of, random_u64};
+use super::tier::{DiskTier, Shared, lock, make_shards, random_u64};
+use crate::causes::one_line;
 
 /// How often the keeper looks: three calls of `stat` while all is well.
 const EVERY: Duration = Duration::from_secs(1);
@@ -193,13 +194,7 @@ impl DiskTier {
         let checkpointer = Catalog::checkpointer(dir)?;
         let run_mark = random_u64(&mut &shared.random)?;
         shared.run_mark.store(run_mark, Ordering::Release);
-        shared
-            .suspect_run
-            .store(start.suspect_run, Ordering::Release);
-        shared
-            .clock
-            .fetch_max(start.last_place + 1, Ordering::Relaxed);
-        *shared.policy.lock() = policy_of(shared.room.capacity(), &start);
+        shared.take_up(&start);
         shared.room.restock(start.bytes);
         *shared.free_space.lock() = None;
         *shared.lock.lock() = Some(lock);
@@ -345,7 +340,7 @@ impl Shared {
 
     /// The directory could not be opened. Said once for each reason.
     pub(super) fn stay_out(&self, error: &DiskError) {
-        let why = describe(error);
+        let why = one_line(error);
         let mut state = self.keeper.state.lock();
         if state.out.as_ref() == Some(&why) {
             return;
@@ -397,17 +392,6 @@ pub(super) fn is_mistake(error: &DiskError) -> bool {
         | DiskError::Catalog(_)
         | DiskError::Hangs { .. } => false,
     }
-}
-
-/// The error and its causes on one line.
-fn describe(error: &DiskError) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(next) = cause {
-        text = format!("{text}: {next}");
-        cause = next.source();
-    }
-    text
 }
 
 /// Names a file as long as it is open somewhere.
