@@ -30,6 +30,8 @@
 //!    ├ whole.rs     checksums of whole revisions
 //!    ├ sweep.rs     the thread that reclaims what an earlier run left over
 //!    ├ catalog.rs   SQLite
+//!    │   ├ file.rs      its schema and its file: opened, or set aside
+//!    │   └ rows.rs      statements, and rows sealed against rot
 //!    ├ policy.rs    which segment goes, pure
 //!    ├ room.rs      the account of bytes: Reservation → Charge
 //!    ├ watch.rs     how long the disk is waited for

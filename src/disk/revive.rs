@@ -32,7 +32,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustix::fs::FlockOperation;
 
 use super::DiskError;
-use super::catalog::{Batch, Catalog, Commit, LONGEST_LOG};
+use super::catalog::{Batch, Catalog, Commit, FILE, LONGEST_LOG};
 use super::tier::{DiskTier, Shared, lock, make_shards, random_u64};
 use crate::causes::one_line;
 
@@ -76,7 +76,7 @@ impl Keeper {
     }
 
     /// Something is wrong with the directory: not to wait for the next turn.
-    pub(super) fn look_now(&self) {
+    fn look_now(&self) {
         self.state.lock().look_now = true;
         self.wake.notify_one();
     }
@@ -168,7 +168,7 @@ impl DiskTier {
 
     /// Opens the directory: lock, shards, catalog (migrated, or set aside if it is damaged or newer), threads.
     /// If that fails on a full disk, some of what is held makes room for it.
-    pub(super) fn come_in(&self) -> Result<(), DiskError> {
+    fn come_in(&self) -> Result<(), DiskError> {
         match self.open_directory() {
             Err(_) if self.shared.make_room_to_open() => self.open_directory(),
             opened => opened,
@@ -268,7 +268,7 @@ impl Shared {
             }
         };
         same("lock", identity(lock.metadata()))
-            .or_else(|| same(Catalog::FILE, self.catalog.identity()))
+            .or_else(|| same(FILE, self.catalog.identity()))
             .or_else(|| {
                 let segments = self.dir.join("segments");
                 let gone = fs::metadata(&segments).is_err_and(|error| is_gone(&error));
@@ -339,7 +339,7 @@ impl Shared {
     }
 
     /// The directory could not be opened. Said once for each reason.
-    pub(super) fn stay_out(&self, error: &DiskError) {
+    fn stay_out(&self, error: &DiskError) {
         let why = one_line(error);
         let mut state = self.keeper.state.lock();
         if state.out.as_ref() == Some(&why) {
@@ -374,7 +374,7 @@ impl Shared {
 
 /// Whether a start should not go on with this: nobody has to wait for the disk to get well, but somebody has to correct
 /// the configuration.
-pub(super) fn is_mistake(error: &DiskError) -> bool {
+fn is_mistake(error: &DiskError) -> bool {
     match error {
         DiskError::Locked { .. } => true,
         DiskError::Io { source, .. } => matches!(

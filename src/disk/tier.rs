@@ -1054,7 +1054,7 @@ impl Shared {
         why: &io::Error,
     ) -> bool {
         let in_memory = || {
-            let held = self.revisions.lock().by_name.get(revision).cloned()?;
+            let held = self.in_memory(revision)?;
             Some((held.named(id)?, held))
         };
         if let Some((key, held)) = in_memory() {
@@ -1089,8 +1089,7 @@ impl Shared {
 
     /// The scrubber found the file as it was written.
     pub(super) fn trust(&self, row: &ScrubRow) {
-        let held = self.revisions.lock().by_name.get(&row.revision).cloned();
-        if let Some(held) = held
+        if let Some(held) = self.in_memory(&row.revision)
             && let Some(key) = held.named(&row.id)
         {
             held.trust(key);
@@ -1139,7 +1138,7 @@ impl Shared {
     }
 
     /// Says that what is held in blocks of another size is of no use, if there is any.
-    pub(super) fn tell_of_other_blocks(&self, reader: &Reader, before: u64) {
+    fn tell_of_other_blocks(&self, reader: &Reader, before: u64) {
         match reader.bytes_in_other_blocks(self.block_size) {
             Ok(0) => {}
             Ok(bytes) => tracing::warn!(

@@ -211,7 +211,7 @@ impl Shared {
         row: &Candidate,
         plan: &mut Eviction,
     ) -> u64 {
-        let held = self.revisions.lock().by_name.get(&row.revision).cloned();
+        let held = self.in_memory(&row.revision);
         let mut state = held.as_ref().map(|held| held.state.lock());
         // Memory may have given it up (see `HeldRevision::open_at`).
         let found = state.as_mut().and_then(|state| {
