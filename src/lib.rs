@@ -7,7 +7,8 @@
 //! mount and key and asks [`tiers`]. The disk tier knows the pinned revision, [`semantics`] evaluates
 //! conditions and ranges, coverage mints an extent of a segment file, [`server::respond`] chooses the
 //! status, and [`server::io`] sends the head and then the extent by sendfile. Nothing is written, nobody is
-//! asked, no payload byte is copied.
+//! asked, no payload byte beyond 4 KiB is copied. A request that repeats the last one of its connection for another range is
+//! answered below hyper, by the same look-up (`server::again`): most requests of a download in pieces.
 //!
 //! **The cold path.** What coverage lacks is joined in [`fill`]: one guarded GET of at most a part per missing stretch,
 //! shared by all who want it, through [`origin`], which mends what asking again can mend, and [`remote`]. Its bytes go into the sparse segment file first; every response,

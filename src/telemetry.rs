@@ -241,7 +241,7 @@ impl Metrics {
         self.0.sent.with([tier], |counter| counter.inc_by(bytes));
     }
 
-    /// One S3 request: `op` is stat, read or `read_current`; `result` is ok, a `RemoteErrorKind` label, or
+    /// One S3 request: `op` is stat, read, `read_current` or checksums; `result` is ok, a `RemoteErrorKind` label, or
     /// `called_off` where another request for the same was answered first; `ttfb` is the time to the response's head, to the
     /// failure, or until it was called off.
     pub fn remote_request(&self, op: &'static str, result: &'static str, ttfb: Duration) {

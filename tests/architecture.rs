@@ -1,5 +1,6 @@
 //! The layers, held against the code: a `use` that points up, a status code outside
-//! `server/respond.rs` or the AWS SDK outside `remote/s3.rs` fails here.
+//! `server/respond.rs` or the AWS SDK outside `remote/s3.rs` fails here. And the promises, against the files and tests that
+//! are to keep them.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -27,8 +28,9 @@ const MAY_USE: &[(&str, &str)] = &[
     ("cli", "server"),
 ];
 
-fn sources() -> BTreeMap<PathBuf, String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+/// The texts below a directory of the package, by their paths in it.
+fn texts(directory: &str) -> BTreeMap<PathBuf, String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(directory);
     let mut found = BTreeMap::new();
     let mut todo = vec![root.clone()];
     while let Some(directory) = todo.pop() {
@@ -38,11 +40,16 @@ fn sources() -> BTreeMap<PathBuf, String> {
                 todo.push(path);
             } else if path.extension().is_some_and(|extension| extension == "rs") {
                 let text = fs::read_to_string(&path).unwrap();
-                found.insert(path.strip_prefix(&root).unwrap().to_owned(), code_of(&text));
+                found.insert(path.strip_prefix(&root).unwrap().to_owned(), text);
             }
         }
     }
     found
+}
+
+fn sources() -> BTreeMap<PathBuf, String> {
+    let code = |(path, text): (_, String)| (path, code_of(&text));
+    texts("src").into_iter().map(code).collect()
 }
 
 /// Without comments and without the tests at the end of the file.
@@ -187,5 +194,48 @@ fn main_stays_a_table_of_contents() {
         main.lines().count() <= 60,
         "main.rs has {} lines",
         main.lines().count()
+    );
+}
+
+/// A promise is kept by files and tests that are there. (Tests are told by their long names.)
+#[test]
+fn the_promises_name_what_there_is() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let code: String = ["src", "tests"]
+        .into_iter()
+        .flat_map(texts)
+        .map(|(_, text)| text)
+        .collect();
+    let promises = fs::read_to_string(root.join("docs/PROMISES.md")).unwrap();
+    let (mut named, mut wrong) = (0, Vec::new());
+    for word in promises.split('`').skip(1).step_by(2) {
+        let name = word.rsplit("::").next().unwrap();
+        let is_test = name.matches('_').count() > 2
+            && name
+                .bytes()
+                .all(|byte| byte == b'_' || byte.is_ascii_lowercase() || byte.is_ascii_digit());
+        let is_file = Path::new(word).extension().is_some_and(|of| of == "rs");
+        let is_there = if is_file {
+            let places = ["", "src", "src/server"];
+            places.iter().any(|at| root.join(at).join(word).is_file())
+        } else if is_test {
+            ["(", "<"]
+                .iter()
+                .any(|end| code.contains(&format!("fn {name}{end}")))
+        } else {
+            continue;
+        };
+        named += 1;
+        if !is_there {
+            wrong.push(word);
+        }
+    }
+    assert!(
+        named > 100,
+        "the reader of docs/PROMISES.md found only {named}"
+    );
+    assert!(
+        wrong.is_empty(),
+        "docs/PROMISES.md names what is not there: {wrong:?}"
     );
 }

@@ -1067,18 +1067,18 @@ async fn a_head_that_does_not_end_is_cut_however_it_drips() {
         for byte in head.into_bytes() {
             // Dripping is the test. Fails once the server has closed.
             if write.write_all(&[byte]).await.is_err() {
-                break;
+                return "cut";
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        "waited for to its last byte"
     });
     let mut answer = Vec::new();
     // Closed with unread bytes, which the client may see as a reset.
     let _ = within(read.read_to_end(&mut answer)).await;
     assert!(answer.is_empty());
-    let elapsed = started.elapsed();
-    assert!(elapsed >= header && elapsed < header * 10, "{elapsed:?}");
-    drip.abort();
+    assert!(started.elapsed() >= header);
+    assert_eq!(within(drip).await.unwrap(), "cut");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1095,11 +1095,12 @@ async fn idle_connections_are_closed_but_a_slow_answer_is_waited_for() {
     client.send("/gated/0-5000").await;
     // Longer than both: neither is the client's to keep while it is we who owe an answer.
     tokio::time::sleep(idle * 3).await;
+    // Before the end of the answer, so that it is no later than the beginning of the server's wait.
+    let answering = Instant::now();
     server.gate.send(true).unwrap();
     assert_same(&client.response().await, &server.body("0-5000"));
-    let answered = Instant::now();
     client.closed().await;
-    assert!(answered.elapsed() >= idle / 2);
+    assert!(answering.elapsed() >= idle);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -159,6 +159,11 @@ impl Coverage {
         }
     }
 
+    /// How many blocks it speaks of, present or absent.
+    pub(super) fn blocks(&self) -> u32 {
+        self.blocks
+    }
+
     /// Whether no block is present.
     pub(super) fn is_empty(&self) -> bool {
         self.present == 0

@@ -9,7 +9,6 @@
 //! What cannot be synced or recorded is not kept: after a failed `fdatasync` the kernel may have
 //! dropped the pages, and a file without a row would never be found for eviction.
 
-use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
@@ -17,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
 
 use super::catalog::{Batch, Checkpointer, Commit, SegmentCommit, SegmentId};
@@ -81,6 +80,9 @@ pub(super) struct Queue {
     wake: Condvar,
 }
 
+/// What became current; `None`: the key is absent. The number tells a newer change of the same key.
+type Changes = HashMap<ObjectKey, (u64, Option<CurrentRecord>)>;
+
 #[derive(Default)]
 struct QueueState {
     work: Work,
@@ -88,8 +90,8 @@ struct QueueState {
     since: Option<Instant>,
     bytes: u64,
     closed: bool,
-    /// Stays here until committed, so that reads see it. The number tells a newer entry.
-    current: HashMap<ObjectKey, (u64, Option<CurrentRecord>)>,
+    /// Stays here until committed, so that reads see it.
+    current: Changes,
     changes: u64,
 }
 
@@ -157,6 +159,15 @@ impl Queue {
             .current
             .get(key)
             .map(|(_, record)| Pending(record.clone()))
+    }
+
+    /// Drops `changes`, but not where there was another change of the same key since.
+    fn drop_changes(&self, changes: &Changes) {
+        self.state.lock().current.retain(|key, (number, _)| {
+            changes
+                .get(key)
+                .is_none_or(|(dropped, _)| dropped != number)
+        });
     }
 
     /// To be called under the catalog's lock, so that no commit is between reading and removing.
@@ -235,10 +246,6 @@ impl Queue {
         state.bytes = 0;
         std::mem::take(&mut state.work)
     }
-
-    fn lock(&self) -> MutexGuard<'_, QueueState> {
-        self.state.lock()
-    }
 }
 
 impl QueueState {
@@ -305,7 +312,7 @@ struct CloseOnExit<'a>(&'a Queue);
 
 impl Drop for CloseOnExit<'_> {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
+        let mut state = self.0.state.lock();
         state.closed = true;
         state.work = Work::default();
     }
@@ -347,33 +354,15 @@ fn settle(shared: &Shared, work: Work, commit: Commit) -> Result<(), DiskError> 
             .filter(|(_, revision)| !shared.is_in_memory(revision))
             .map(|(id, _)| id)
             .collect();
-        let pending: Vec<_> = {
-            let queue = shared.queue.lock();
-            queue
-                .current
-                .iter()
-                .map(|(key, entry)| (key.clone(), entry.clone()))
-                .collect()
-        };
-        let numbers: Vec<_> = pending
-            .iter()
-            .map(|(key, (number, _))| (key.clone(), *number))
-            .collect();
-        batch.current = pending
-            .into_iter()
-            .map(|(key, (_, record))| (key, record))
+        let changes = shared.queue.state.lock().current.clone();
+        let current = changes.iter();
+        batch.current = current
+            .map(|(key, (_, record))| (key.clone(), record.clone()))
             .collect();
         let result = db.commit(&batch, commit);
         shared.note_standing(&db);
         // Failed ones too: they are write-behind, and must not pile up.
-        let mut queue = shared.queue.lock();
-        for (key, number) in numbers {
-            if let Entry::Occupied(entry) = queue.current.entry(key)
-                && entry.get().0 == number
-            {
-                entry.remove();
-            }
-        }
+        shared.queue.drop_changes(&changes);
         result
     });
     match &result {

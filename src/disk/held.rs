@@ -93,6 +93,31 @@ pub(super) struct Segment {
 }
 
 impl Segment {
+    /// A new file of this run, for a writer that has `claimed` these blocks of it.
+    pub(super) fn new(
+        incarnation: u128,
+        file: Arc<SegmentFile>,
+        charge: Arc<Charge>,
+        claimed: Coverage,
+        queue: Queue,
+        stamp: u64,
+    ) -> Self {
+        Self {
+            incarnation,
+            coverage: Coverage::empty(claimed.blocks()),
+            claimed: Some(claimed),
+            writers: 1,
+            file: Some(file),
+            charge,
+            last_used: stamp,
+            queue,
+            place: stamp,
+            stored_served: 0,
+            suspect: false,
+            recorded: false,
+        }
+    }
+
     /// The open file, unless a read of it failed: [`HeldRevision::open_at`] then drops the segment.
     fn readable(&self) -> Option<&Arc<SegmentFile>> {
         self.file.as_ref().filter(|file| !file.is_unreadable())
@@ -548,33 +573,6 @@ impl State {
             recorded: true,
         };
         self.add(row.idx, segment);
-    }
-
-    /// A new file of this run, for a writer that claims blocks `first..end`.
-    pub(super) fn new_segment(
-        incarnation: u128,
-        file: Arc<SegmentFile>,
-        charge: Arc<Charge>,
-        claimed: Coverage,
-        queue: Queue,
-        stamp: u64,
-    ) -> Segment {
-        let mut coverage = claimed.clone();
-        claimed.iter().for_each(|block| coverage.remove(block));
-        Segment {
-            incarnation,
-            coverage,
-            claimed: Some(claimed),
-            writers: 1,
-            file: Some(file),
-            charge,
-            last_used: stamp,
-            queue,
-            place: stamp,
-            stored_served: 0,
-            suspect: false,
-            recorded: false,
-        }
     }
 
     /// The first offset in `range` that no file covers.

@@ -16,7 +16,9 @@
 //! Who does what:
 //!
 //! ```text
-//!  tier.rs        DiskTier: open, lookup, load, admit, reserve/evict, purge, close
+//!  tier.rs        DiskTier: open, lookup, load, admit, reserve, purge, close
+//!    ├ tier/evict.rs    room: what goes, and when there is enough
+//!    ├ tier/trouble.rs  what failed, and whether writes are refused for a while
 //!    ├ held.rs      HeldRevision: which blocks of one revision lie where   (the warm path)
 //!    │   ├ coverage.rs  bits and geometry, pure
 //!    │   └ extent.rs    SegmentFile, FileExtent
@@ -28,11 +30,14 @@
 //!    ├ whole.rs     checksums of whole revisions
 //!    ├ sweep.rs     the thread that reclaims what an earlier run left over
 //!    ├ catalog.rs   SQLite
+//!    │   ├ file.rs      its schema and its file: opened, or set aside
+//!    │   └ rows.rs      statements, and rows sealed against rot
 //!    ├ policy.rs    which segment goes, pure
 //!    ├ room.rs      the account of bytes: Reservation → Charge
 //!    ├ watch.rs     how long the disk is waited for
 //!    ├ revive.rs    a directory that vanished or broke: let go of, and opened again
-//!    └ failpoint.rs the steps at which tests take the power away
+//!    ├ failpoint.rs the steps at which tests take the power away
+//!    └ inline.rs    blocking work done in place, for tests on one thread
 //!  offline.rs     the same checks on the directory of a replica that does not run
 //! ```
 //!

@@ -32,8 +32,9 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustix::fs::FlockOperation;
 
 use super::DiskError;
-use super::catalog::{Batch, Catalog, Commit, LONGEST_LOG};
-use super::tier::{DiskTier, Shared, lock, make_shards, policy_of, random_u64};
+use super::catalog::{Batch, Catalog, Commit, FILE, LONGEST_LOG};
+use super::tier::{DiskTier, Shared, lock, make_shards, random_u64};
+use crate::causes::one_line;
 
 /// How often the keeper looks: three calls of `stat` while all is well.
 const EVERY: Duration = Duration::from_secs(1);
@@ -75,7 +76,7 @@ impl Keeper {
     }
 
     /// Something is wrong with the directory: not to wait for the next turn.
-    pub(super) fn look_now(&self) {
+    fn look_now(&self) {
         self.state.lock().look_now = true;
         self.wake.notify_one();
     }
@@ -167,7 +168,7 @@ impl DiskTier {
 
     /// Opens the directory: lock, shards, catalog (migrated, or set aside if it is damaged or newer), threads.
     /// If that fails on a full disk, some of what is held makes room for it.
-    pub(super) fn come_in(&self) -> Result<(), DiskError> {
+    fn come_in(&self) -> Result<(), DiskError> {
         match self.open_directory() {
             Err(_) if self.shared.make_room_to_open() => self.open_directory(),
             opened => opened,
@@ -193,13 +194,7 @@ impl DiskTier {
         let checkpointer = Catalog::checkpointer(dir)?;
         let run_mark = random_u64(&mut &shared.random)?;
         shared.run_mark.store(run_mark, Ordering::Release);
-        shared
-            .suspect_run
-            .store(start.suspect_run, Ordering::Release);
-        shared
-            .clock
-            .fetch_max(start.last_place + 1, Ordering::Relaxed);
-        *shared.policy.lock() = policy_of(shared.room.capacity(), &start);
+        shared.take_up(&start);
         shared.room.restock(start.bytes);
         *shared.free_space.lock() = None;
         *shared.lock.lock() = Some(lock);
@@ -273,7 +268,7 @@ impl Shared {
             }
         };
         same("lock", identity(lock.metadata()))
-            .or_else(|| same(Catalog::FILE, self.catalog.identity()))
+            .or_else(|| same(FILE, self.catalog.identity()))
             .or_else(|| {
                 let segments = self.dir.join("segments");
                 let gone = fs::metadata(&segments).is_err_and(|error| is_gone(&error));
@@ -344,8 +339,8 @@ impl Shared {
     }
 
     /// The directory could not be opened. Said once for each reason.
-    pub(super) fn stay_out(&self, error: &DiskError) {
-        let why = describe(error);
+    fn stay_out(&self, error: &DiskError) {
+        let why = one_line(error);
         let mut state = self.keeper.state.lock();
         if state.out.as_ref() == Some(&why) {
             return;
@@ -379,7 +374,7 @@ impl Shared {
 
 /// Whether a start should not go on with this: nobody has to wait for the disk to get well, but somebody has to correct
 /// the configuration.
-pub(super) fn is_mistake(error: &DiskError) -> bool {
+fn is_mistake(error: &DiskError) -> bool {
     match error {
         DiskError::Locked { .. } => true,
         DiskError::Io { source, .. } => matches!(
@@ -397,17 +392,6 @@ pub(super) fn is_mistake(error: &DiskError) -> bool {
         | DiskError::Catalog(_)
         | DiskError::Hangs { .. } => false,
     }
-}
-
-/// The error and its causes on one line.
-fn describe(error: &DiskError) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(next) = cause {
-        text = format!("{text}: {next}");
-        cause = next.source();
-    }
-    text
 }
 
 /// Names a file as long as it is open somewhere.

@@ -22,7 +22,7 @@ use super::DiskError;
 #[cfg(test)]
 use super::inline;
 
-/// Operations on the blocking pool at a time. The pool has 512 threads, which page-ins and look-ups of names need too.
+/// Operations on the blocking pool at a time. The pool has 512 threads, which look-ups of names need too.
 const AT_ONCE: usize = 128;
 
 /// How long each kind of operation may take.

@@ -8,7 +8,7 @@
 use std::path::PathBuf;
 
 use super::catalog::{StoredRevision, StoredSegment};
-use super::coverage::Coverage;
+use super::coverage::{Coverage, Geometry};
 use super::direct::Direct;
 use super::sums::{ReadBlock as _, SegmentSums};
 use super::{Computed, DiskError};
@@ -54,44 +54,60 @@ struct Copy {
 pub(super) fn checksum(
     stored: &StoredRevision,
     algorithm: ChecksumAlgorithm,
-    mut sums: impl FnMut(u128) -> Result<Option<SegmentSums>, DiskError>,
+    sums: impl Fn(u128) -> Result<Option<SegmentSums>, DiskError>,
     path: impl Fn(u128) -> PathBuf,
 ) -> Result<Computed, DiskError> {
     let g = stored.geometry();
     if g.size == 0 || !g.is_sound() {
         return Ok(Computed::Incomplete);
     }
-    let copies =
-        |idx: u64, sums: &mut dyn FnMut(u128) -> Result<Option<SegmentSums>, DiskError>| {
-            let mut copies = Vec::new();
-            for row in rows_of(&stored.segments, idx) {
-                if let Some(covered) = Coverage::from_bytes(g.blocks_in(idx), &row.bits)
-                    && let Some(sums) = sums(row.incarnation)?
-                {
-                    copies.push(Copy {
-                        covered,
-                        sums,
-                        incarnation: row.incarnation,
-                    });
-                }
-            }
-            Ok::<_, DiskError>(copies)
-        };
-    let last = g.segment_of(g.size - 1);
+    let copies = |idx| copies(stored, idx, &sums);
+    match combine(g, algorithm, copies)? {
+        Some(computed) => Ok(computed),
+        None => read(g, algorithm, copies, path),
+    }
+}
 
-    // Without reading, as far as that goes.
+/// The files of `stored` that hold blocks of segment `idx`, but those without checksums.
+fn copies(
+    stored: &StoredRevision,
+    idx: u64,
+    sums: impl Fn(u128) -> Result<Option<SegmentSums>, DiskError>,
+) -> Result<Vec<Copy>, DiskError> {
+    let blocks = stored.geometry().blocks_in(idx);
+    let mut copies = Vec::new();
+    for row in rows_of(&stored.segments, idx) {
+        if let Some(covered) = Coverage::from_bytes(blocks, &row.bits)
+            && let Some(sums) = sums(row.incarnation)?
+        {
+            copies.push(Copy {
+                covered,
+                sums,
+                incarnation: row.incarnation,
+            });
+        }
+    }
+    Ok(copies)
+}
+
+/// From the blocks' checksums, without reading a byte. `None`: they do not combine, or a block has none by `algorithm`.
+fn combine(
+    g: Geometry,
+    algorithm: ChecksumAlgorithm,
+    copies: impl Fn(u64) -> Result<Vec<Copy>, DiskError>,
+) -> Result<Option<Computed>, DiskError> {
     let mut combined = Combined::new(algorithm, g.block_size);
-    for idx in 0..=last {
-        let copies = copies(idx, &mut sums)?;
+    for idx in 0..=g.segment_of(g.size - 1) {
+        let copies = copies(idx)?;
         for block in 0..g.blocks_in(idx) {
             let mut of_block = copies.iter().filter(|copy| copy.covered.contains(block));
             let Some(first) = of_block.next() else {
-                return Ok(Computed::Incomplete);
+                return Ok(Some(Computed::Incomplete));
             };
             // Any of them may be sent.
             let said = |copy: &Copy| copy.sums.get(ChecksumAlgorithm::Crc32c, block);
             if of_block.any(|other| said(other) != said(first)) {
-                return Ok(Computed::Contradiction);
+                return Ok(Some(Computed::Contradiction));
             }
             let len = g.blocks_end(idx, block + 1) - g.blocks_end(idx, block);
             combined = combined.and_then(|mut combined| {
@@ -100,14 +116,20 @@ pub(super) fn checksum(
             });
         }
     }
-    if let Some(combined) = combined {
-        return Ok(Computed::Checksum(combined.finish()));
-    }
+    Ok(combined.map(|combined| Computed::Checksum(combined.finish())))
+}
 
+/// From what is on the disk.
+fn read(
+    g: Geometry,
+    algorithm: ChecksumAlgorithm,
+    copies: impl Fn(u64) -> Result<Vec<Copy>, DiskError>,
+    path: impl Fn(u128) -> PathBuf,
+) -> Result<Computed, DiskError> {
     let mut hasher = ChecksumHasher::new(algorithm);
-    for idx in 0..=last {
+    for idx in 0..=g.segment_of(g.size - 1) {
         let base = g.segment_start(idx);
-        let copies = copies(idx, &mut sums)?;
+        let copies = copies(idx)?;
         let mut open: Option<(u128, Direct)> = None;
         for block in 0..g.blocks_in(idx) {
             let Some(copy) = copies.iter().find(|copy| copy.covered.contains(block)) else {

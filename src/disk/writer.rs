@@ -28,7 +28,7 @@ use super::coverage::Coverage;
 use super::durability::CompletedBlock;
 use super::extent::{FileExtent, SegmentFile};
 use super::failpoint::Step;
-use super::held::{HeldRevision, SegmentKey, State};
+use super::held::{HeldRevision, Segment, SegmentKey};
 use super::room::{Charge, Reservation};
 use super::sums::SumDigest;
 use super::watch::Watch;
@@ -500,7 +500,7 @@ fn create(
     shared.reached(Step::FileCreated);
     let charge = Charge::new(&shared.room, 0, 0);
     let file = SegmentFile::new(file, Arc::clone(&charge));
-    let segment = State::new_segment(
+    let segment = Segment::new(
         incarnation,
         Arc::clone(&file),
         charge,

@@ -10,11 +10,13 @@
 //!   on shutdown.
 //! - [`io`]: the socket as hyper sees it. File extents go out by sendfile; whoever makes us wait
 //!   too long is cut.
-//! - [`unsent`]: how much may wait in a socket.
+//! - [`unsent`]: how much may wait in a socket; `outq`: how much of it the client has not acknowledged.
 //! - `again`: a request that repeats the last one for another range, answered without hyper.
 //! - [`page_in`]: what is not in the page cache is read off the runtime's workers before it is
 //!   sent.
+//! - [`handler`]: one request, from its head to the tiers and back.
 //! - [`body`]: what a response's body is made of, and how its end is observed.
+//! - `rescue`: what is sent in the place of a file that fails in the middle of a response.
 //! - [`respond`]: every status code there is.
 //! - [`admin`]: health, metrics and purge, on a listener of their own.
 //! - [`replica`]: starts and ends all of it. [`handover`] passes it to another process, [`systemd`] speaks to the

@@ -189,15 +189,10 @@ pub struct Fault {
     effect: Effect,
     op: Option<Op>,
     key: Option<String>,
-    when: When,
-}
-
-#[derive(Clone, Debug)]
-enum When {
-    /// Skips some matching requests, then applies to some.
-    Counted { skip: u64, times: u64 },
-    /// Applies to each matching request with this probability.
-    Seeded { probability: f64, state: u64 },
+    /// Matching requests that it passes over first.
+    skip: u64,
+    /// Matching requests that it is for then.
+    times: u64,
 }
 
 impl Fault {
@@ -207,7 +202,8 @@ impl Fault {
             effect,
             op: None,
             key: None,
-            when: When::Counted { skip: 0, times: 1 },
+            skip: 0,
+            times: 1,
         }
     }
 
@@ -228,28 +224,14 @@ impl Fault {
     /// Only for the `nth` matching request from now on, counted from 1.
     #[must_use]
     pub fn nth(mut self, nth: u64) -> Self {
-        self.when = When::Counted {
-            skip: nth.saturating_sub(1),
-            times: 1,
-        };
+        (self.skip, self.times) = (nth.saturating_sub(1), 1);
         self
     }
 
     /// For the next `times` matching requests.
     #[must_use]
     pub fn times(mut self, times: u64) -> Self {
-        self.when = When::Counted { skip: 0, times };
-        self
-    }
-
-    /// For each matching request with this probability, until [`super::StrictS3::clear_faults`]. The same seed and the
-    /// same order of requests give the same faults.
-    #[must_use]
-    pub fn with_probability(mut self, probability: f64, seed: u64) -> Self {
-        self.when = When::Seeded {
-            probability,
-            state: seed,
-        };
+        (self.skip, self.times) = (0, times);
         self
     }
 
@@ -281,35 +263,18 @@ impl Script {
             if !fault.matches(request) {
                 return true;
             }
-            match &mut fault.when {
-                When::Counted { skip, .. } if *skip > 0 => *skip -= 1,
-                When::Counted { times, .. } => {
-                    if *times > 0 {
-                        effects.push(fault.effect.clone());
-                    }
-                    *times = times.saturating_sub(1);
-                    return *times > 0;
-                }
-                When::Seeded { probability, state } => {
-                    if unit(state) < *probability {
-                        effects.push(fault.effect.clone());
-                    }
-                }
+            if fault.skip > 0 {
+                fault.skip -= 1;
+                return true;
             }
-            true
+            if fault.times > 0 {
+                effects.push(fault.effect.clone());
+            }
+            fault.times = fault.times.saturating_sub(1);
+            fault.times > 0
         });
         effects
     }
-}
-
-/// `SplitMix64`, as a number in `0.0..1.0`: enough for fault scripts and the same on every machine.
-fn unit(state: &mut u64) -> f64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    let top = u32::try_from((z ^ (z >> 31)) >> 32).expect("32 bits are left");
-    f64::from(top) / (f64::from(u32::MAX) + 1.0)
 }
 
 /// What one request is in for: the sum of its effects.
@@ -430,21 +395,6 @@ mod tests {
         assert_eq!(hits(Op::Get, "other"), []);
         assert_eq!(hits(Op::Get, "k"), [Effect::InternalError]);
         assert_eq!(hits(Op::Get, "k"), []);
-    }
-
-    #[test]
-    fn seeded_faults_repeat_and_hit_about_as_often_as_asked() {
-        let run = |seed| {
-            let mut script = Script::default();
-            script.add(Fault::new(Effect::InternalError).with_probability(0.25, seed));
-            (0..1000)
-                .map(|_| script.effects(&request(Op::Get, "k")).len())
-                .collect::<Vec<_>>()
-        };
-        assert_eq!(run(7), run(7));
-        assert_ne!(run(7), run(8));
-        let hits: usize = run(7).iter().sum();
-        assert!((150..350).contains(&hits), "{hits} of 1000");
     }
 
     #[test]

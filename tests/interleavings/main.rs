@@ -21,6 +21,15 @@
 // What the modules below call `parking_lot` is this crate's root.
 extern crate self as parking_lot;
 
+#[path = "../../src/causes.rs"]
+#[allow(
+    dead_code,
+    unused_imports,
+    clippy::all,
+    clippy::pedantic,
+    reason = "looked at in the program"
+)]
+mod causes;
 #[path = "../../src/chance.rs"]
 #[allow(dead_code, reason = "the program draws more")]
 mod chance;

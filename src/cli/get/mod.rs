@@ -330,38 +330,43 @@ impl<'a> Download<'a> {
 
     async fn to_file(&self, path: PathBuf) -> Result<Summary, GetError> {
         let part = Arc::new(Part::open(path.clone(), &self.origin)?);
-        let mut held = part.resume();
-        let mut restarts = 0;
-        let result =
-            loop {
-                let resumed = held.take();
-                let was_resumed = resumed.is_some();
-                match self.one_revision(&part, resumed).await {
-                Ok(summary) => break Ok(Summary { file: Some(path), restarts, ..summary }),
-                Err(Stop::Failed(error)) => break Err(error),
-                // What was left from an earlier run is no sign of an object that keeps changing.
-                Err(Stop::Replaced(now)) if was_resumed => self.console.note(
-                    "restart",
-                    &format!(
-                        "{}: the object was replaced since the interrupted download (now {now}): \
-                         starting over",
-                        self.client.name()
-                    ),
-                ),
-                Err(Stop::Replaced(now)) => {
-                    if let Err(error) = self.restart(&mut restarts, &now) {
-                        break Err(error);
-                    }
-                }
-            }
-                if let Err(error) = part.reset(None) {
-                    break Err(error);
-                }
-            };
+        let result = self.one_revision_or_another(&part).await;
         if result.is_err() && part.is_worthless() {
             part.discard();
         }
-        result
+        let file = Some(path);
+        result.map(|summary| Summary { file, ..summary })
+    }
+
+    /// Starts over where the object is replaced meanwhile, as often as that may be.
+    async fn one_revision_or_another(&self, part: &Arc<Part>) -> Result<Summary, GetError> {
+        let mut held = part.resume();
+        let mut restarts = 0;
+        loop {
+            let resumed = held.take();
+            let was_resumed = resumed.is_some();
+            let now = match self.one_revision(part, resumed).await {
+                Ok(summary) => {
+                    return Ok(Summary {
+                        restarts,
+                        ..summary
+                    });
+                }
+                Err(Stop::Failed(error)) => return Err(error),
+                Err(Stop::Replaced(now)) => now,
+            };
+            if was_resumed {
+                // What was left from an earlier run is no sign of an object that keeps changing.
+                let name = self.client.name();
+                let what = format!(
+                    "{name}: the object was replaced since the interrupted download (now {now}): starting over"
+                );
+                self.console.note("restart", &what);
+            } else {
+                self.restart(&mut restarts, &now)?;
+            }
+            part.reset(None)?;
+        }
     }
 
     /// One revision, from the first request to the renamed file.
