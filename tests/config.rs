@@ -325,6 +325,30 @@ fn bucket_names_follow_s3() {
     }
 }
 
+/// The SDK would ask other hosts for them, in sessions.
+#[test]
+fn directory_buckets_are_refused() {
+    for name in [
+        "models--euc1-az1--x-s3",
+        "reader--euc1-az1--xa-s3",
+        "arn:aws:s3express:eu-central-1:123456789012:accesspoint/reader--euc1-az1--xa-s3",
+    ] {
+        for endpoint in ["", "endpoint = \"http://127.0.0.1:3900\"\n"] {
+            let toml = format!("[[mount]]\npath = \"/a\"\nbucket = {name:?}\n{endpoint}");
+            assert_eq!(
+                file(&toml).expect_err(name),
+                format!(
+                    "pinrange.toml:3:10: mount.bucket: mount \"/a\": {name:?} is a directory bucket (S3 Express One \
+                     Zone), which pinrange cannot read; mount a general purpose bucket"
+                )
+            );
+        }
+    }
+    let inside = "models--x-s3-copy";
+    let toml = format!("[[mount]]\npath = \"/a\"\nbucket = {inside:?}\n");
+    assert_eq!(file(&toml).unwrap().mounts[0].bucket, inside);
+}
+
 #[test]
 fn an_access_point_may_stand_for_a_bucket() {
     let arn = "arn:aws:s3:eu-central-1:123456789012:accesspoint/models";

@@ -92,6 +92,10 @@ fn a_wrong_file_is_refused_with_its_line() {
             format!("{server}[[mount]]\npath = \"/m\"\n"),
             &["pinrange.toml:3:", "bucket"],
         ),
+        (
+            format!("{server}[[mount]]\npath = \"/m\"\nbucket = \"b--use1-az4--x-s3\"\n"),
+            &["pinrange.toml:5:10:", "mount \"/m\"", "directory bucket"],
+        ),
         (server.clone(), &["pinrange.toml:", "there is no mount"]),
         (format!("{server}{mount}x"), &["pinrange.toml:6:"]),
     ] {

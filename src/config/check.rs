@@ -383,6 +383,18 @@ impl Checker<'_> {
             retries: read!(self, "mount", raw.retries, default.retries, number(0..=10)),
             verify: read!(self, "mount", raw.verify, default.verify, boolean),
         };
+        if let Some(value) = raw
+            .bucket
+            .as_ref()
+            .filter(|_| is_directory_bucket(&mount.bucket))
+        {
+            let message = format!(
+                "mount {:?}: {:?} is a directory bucket (S3 Express One Zone), which pinrange cannot read; mount a \
+                 general purpose bucket",
+                mount.path, mount.bucket
+            );
+            self.refuse("mount.bucket", value, &message);
+        }
         if let Some(value) = raw.path.as_ref().filter(|_| !mount.path.is_empty()) {
             let place = self.place(value);
             if let Some(first) = paths.get(&mount.path) {
@@ -654,6 +666,13 @@ fn bucket(value: &Value) -> Result<String, String> {
         return refused("it is an IP address");
     }
     Ok(name.to_owned())
+}
+
+/// Whether the name is that of a bucket of S3 Express One Zone or of an access point to one, which end in what AWS keeps for
+/// them. The SDK would ask for a session first, at other hosts, and an `ETag` there says nothing about the bytes: none of that has
+/// been tried.
+fn is_directory_bucket(bucket: &str) -> bool {
+    bucket.ends_with("--x-s3") || bucket.ends_with("--xa-s3") || bucket.contains(":s3express:")
 }
 
 /// S3 takes keys of up to 1024 bytes, and the prefix needs company.
