@@ -443,6 +443,34 @@ fn every_problem_is_reported_at_once() {
     );
 }
 
+/// What stands in the place of a value that was refused is nobody's doing.
+#[test]
+fn a_value_that_is_wrong_is_reported_once() {
+    assert_messages(&[
+        (
+            "[cache]\nblock_size = \"300KiB\"\npart_size = \"900KiB\"\n",
+            "pinrange.toml:5:14: cache.block_size: 300KiB is not a power of two; write 256KiB or 512KiB",
+        ),
+        (
+            "[cache]\npart_size = \"2GiB\"\ncapacity = \"10MiB\"\nfill_budget = \"1MiB\"\n",
+            "pinrange.toml:5:13: cache.part_size: 2GiB is out of bounds; write 4KiB to 1GiB",
+        ),
+        (
+            "[server]\nadmin = \":80\"\nlisten = \"127.0.0.1:8081\"\n",
+            "pinrange.toml:5:9: server.admin: \":80\" has no address; write 127.0.0.1:80, or 0.0.0.0:80 for \
+             every interface",
+        ),
+        // Both are right by themselves.
+        (
+            "[cache]\npart_size = \"1000MiB\"\nblock_size = \"256KiB\"\ncapacity = \"3000MiB\"\n",
+            "pinrange.toml:7:12: cache.capacity: capacity (3000MiB) does not hold 4 parts of 1000MiB; raise \
+             capacity to 4000MiB or lower part_size\n\
+             pinrange.toml:5:13: cache.part_size: fill_budget (256MiB) does not hold one part of 1000MiB, so no \
+             fill could start; raise fill_budget or lower part_size",
+        ),
+    ]);
+}
+
 #[test]
 fn a_configuration_without_a_mount_says_how_to_get_one() {
     let hint = "there is no mount; add a [[mount]] section with path and bucket, or give --bucket, or \

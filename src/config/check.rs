@@ -46,7 +46,11 @@ pub(super) fn check(
     source: &Source,
     problems: Vec<Problem>,
 ) -> Result<Config, ConfigError> {
-    let mut checker = Checker { source, problems };
+    let mut checker = Checker {
+        source,
+        problems,
+        misread: Vec::new(),
+    };
     let server = checker.server(&raw.server, dev.is_some());
     let cache = checker.cache(&raw.cache, home.filter(|_| dev.is_some()));
     if raw.mount.is_empty() && dev.is_none() {
@@ -100,6 +104,8 @@ macro_rules! read {
 struct Checker<'a> {
     source: &'a Source,
     problems: Vec<Problem>,
+    /// Where values stand that were refused for themselves.
+    misread: Vec<Place>,
 }
 
 impl Checker<'_> {
@@ -116,6 +122,7 @@ impl Checker<'_> {
             Ok(read) => read,
             Err(message) => {
                 self.refuse(key, value, &message);
+                self.misread.push(self.place(value));
                 default
             }
         }
@@ -142,8 +149,15 @@ impl Checker<'_> {
     }
 
     /// Blames a relation between values on the first of `values` that is not a default. The defaults
-    /// fit each other, so there is one.
+    /// fit each other, so there is one. Nothing is said where a default stands for one of them that was refused: how that
+    /// fits the others shows once it is corrected.
     fn relation(&mut self, values: &[(&str, Option<&Value>)], message: &str) {
+        let mut places = values
+            .iter()
+            .filter_map(|(_, value)| Some(self.place((*value)?)));
+        if places.any(|place| self.misread.contains(&place)) {
+            return;
+        }
         let blamed = values
             .iter()
             .find_map(|(key, value)| Some((*key, (*value)?)));
