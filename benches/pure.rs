@@ -18,6 +18,7 @@ use http::header::{HOST, HeaderMap, HeaderValue, IF_MATCH, RANGE, USER_AGENT};
 use pinrange::mount::{ForbiddenAs, Mount, Mounts};
 use pinrange::object::{Representation, Validator};
 use pinrange::remote::memory::MemoryRemote;
+use pinrange::seldom::Outage;
 use pinrange::semantics::precondition::Method;
 use pinrange::semantics::range::{parse_range, resolve_all};
 use pinrange::semantics::{EntityTagList, RequestHead, evaluate};
@@ -124,6 +125,7 @@ fn paths(criterion: &mut Criterion) {
         forbidden: ForbiddenAs::BadGateway,
         retries: 0,
         verify: false,
+        outage: Outage::default(),
     };
     let mounts = Mounts::new(vec![mount("/snapshots".to_owned())]);
     let mut group = criterion.benchmark_group("path");

@@ -288,6 +288,7 @@ mod tests {
     use crate::remote::Remote as _;
     use crate::remote::fault::{Effect, FaultRemote, Gate, Op};
     use crate::remote::memory::MemoryRemote;
+    use crate::seldom::Outage;
     use crate::semantics::ByteRange;
 
     const SIZE: usize = 20_000;
@@ -326,6 +327,7 @@ mod tests {
                 forbidden: ForbiddenAs::BadGateway,
                 retries: 0,
                 verify,
+                outage: Outage::default(),
             };
             let desk = Desk {
                 filler: Filler::new(Arc::clone(&disk), settings, metrics.clone()),

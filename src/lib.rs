@@ -31,7 +31,7 @@
 //!  mount · payload · telemetry · strict_s3
 //!  disk · remote
 //!  object     keys, validators, revisions
-//!  semantics  RFC 9110, pure (and chance, causes)
+//!  semantics  RFC 9110, pure (and chance, causes, seldom)
 //! ```
 
 pub mod audit;
@@ -46,6 +46,7 @@ pub mod object;
 pub mod origin;
 pub mod payload;
 pub mod remote;
+pub mod seldom;
 pub mod semantics;
 pub mod server;
 pub mod strict_s3;

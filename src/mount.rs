@@ -5,6 +5,7 @@
 //! moves a mount's boundary (P12); then the rest is the key.
 
 use std::borrow::Cow;
+use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,8 +13,10 @@ use std::time::Duration;
 use percent_encoding::{PercentDecode, percent_decode_str};
 use serde::Serialize;
 
+use crate::causes::one_line;
 use crate::object::ObjectKey;
 use crate::remote::Remote;
+use crate::seldom::{Outage, Over};
 
 /// S3's limit on a key, in bytes.
 const LONGEST_KEY: usize = 1024;
@@ -49,6 +52,8 @@ pub struct Mount {
     pub retries: u32,
     /// Whether revisions that are wholly held are compared with the checksum that the remote has of the object.
     pub verify: bool,
+    /// Whether the remote is in trouble, for the log.
+    pub outage: Outage,
 }
 
 impl fmt::Debug for Mount {
@@ -60,6 +65,41 @@ impl fmt::Debug for Mount {
 }
 
 impl Mount {
+    /// Logs that the remote could not answer a request, and why; `status`: what the client was told, `None` where what is
+    /// held was enough for it. Seldom, however many requests there are: see [`seldom`](crate::seldom).
+    pub fn log_failure(&self, error: &dyn Error, status: Option<u16>) {
+        let mount = self.path.as_str();
+        match self.outage.failed() {
+            Some(requests) => {
+                let error = one_line(error);
+                tracing::warn!(
+                    mount,
+                    error,
+                    status,
+                    requests,
+                    "the remote could not answer"
+                );
+            }
+            None => {
+                tracing::debug!(
+                    mount,
+                    error = one_line(error),
+                    status,
+                    "the remote could not answer"
+                );
+            }
+        }
+    }
+
+    /// The remote answered a request: logs that an outage is over, if it is.
+    pub fn log_answer(&self) {
+        if let Some(Over { failed, lasted }) = self.outage.answered() {
+            let lasted_s = lasted.as_secs();
+            let mount = self.path.as_str();
+            tracing::info!(mount, failed, lasted_s, "the remote answers again");
+        }
+    }
+
     /// The object that `rest` (decoded) names below this mount.
     pub fn key(&self, rest: &str) -> ObjectKey {
         let store = Arc::clone(self.remote.store());
@@ -260,6 +300,7 @@ mod tests {
                     forbidden: ForbiddenAs::BadGateway,
                     retries: 0,
                     verify: false,
+                    outage: Outage::default(),
                 })
                 .collect(),
         )

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 /// Lower layers first. A module may use its own layer's row only where `MAY_USE` says so.
 const LAYERS: &[&[&str]] = &[
-    &["semantics", "chance", "causes"],
+    &["semantics", "chance", "causes", "seldom"],
     &["object"],
     // Beside each other, and blind to each other.
     &["disk", "remote"],

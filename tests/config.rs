@@ -325,6 +325,30 @@ fn bucket_names_follow_s3() {
     }
 }
 
+/// The SDK would ask other hosts for them, in sessions.
+#[test]
+fn directory_buckets_are_refused() {
+    for name in [
+        "models--euc1-az1--x-s3",
+        "reader--euc1-az1--xa-s3",
+        "arn:aws:s3express:eu-central-1:123456789012:accesspoint/reader--euc1-az1--xa-s3",
+    ] {
+        for endpoint in ["", "endpoint = \"http://127.0.0.1:3900\"\n"] {
+            let toml = format!("[[mount]]\npath = \"/a\"\nbucket = {name:?}\n{endpoint}");
+            assert_eq!(
+                file(&toml).expect_err(name),
+                format!(
+                    "pinrange.toml:3:10: mount.bucket: mount \"/a\": {name:?} is a directory bucket (S3 Express One \
+                     Zone), which pinrange cannot read; mount a general purpose bucket"
+                )
+            );
+        }
+    }
+    let inside = "models--x-s3-copy";
+    let toml = format!("[[mount]]\npath = \"/a\"\nbucket = {inside:?}\n");
+    assert_eq!(file(&toml).unwrap().mounts[0].bucket, inside);
+}
+
 #[test]
 fn an_access_point_may_stand_for_a_bucket() {
     let arn = "arn:aws:s3:eu-central-1:123456789012:accesspoint/models";
@@ -417,6 +441,34 @@ fn every_problem_is_reported_at_once() {
             "pinrange.toml:6:8",
         ]
     );
+}
+
+/// What stands in the place of a value that was refused is nobody's doing.
+#[test]
+fn a_value_that_is_wrong_is_reported_once() {
+    assert_messages(&[
+        (
+            "[cache]\nblock_size = \"300KiB\"\npart_size = \"900KiB\"\n",
+            "pinrange.toml:5:14: cache.block_size: 300KiB is not a power of two; write 256KiB or 512KiB",
+        ),
+        (
+            "[cache]\npart_size = \"2GiB\"\ncapacity = \"10MiB\"\nfill_budget = \"1MiB\"\n",
+            "pinrange.toml:5:13: cache.part_size: 2GiB is out of bounds; write 4KiB to 1GiB",
+        ),
+        (
+            "[server]\nadmin = \":80\"\nlisten = \"127.0.0.1:8081\"\n",
+            "pinrange.toml:5:9: server.admin: \":80\" has no address; write 127.0.0.1:80, or 0.0.0.0:80 for \
+             every interface",
+        ),
+        // Both are right by themselves.
+        (
+            "[cache]\npart_size = \"1000MiB\"\nblock_size = \"256KiB\"\ncapacity = \"3000MiB\"\n",
+            "pinrange.toml:7:12: cache.capacity: capacity (3000MiB) does not hold 4 parts of 1000MiB; raise \
+             capacity to 4000MiB or lower part_size\n\
+             pinrange.toml:5:13: cache.part_size: fill_budget (256MiB) does not hold one part of 1000MiB, so no \
+             fill could start; raise fill_budget or lower part_size",
+        ),
+    ]);
 }
 
 #[test]

@@ -17,8 +17,8 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -191,6 +191,59 @@ impl Load {
     }
 }
 
+/// A client that asks for the same again and again, as most of a download in pieces is asked for, and rests between two
+/// requests until another process has taken over.
+struct Resting {
+    rests: mpsc::Receiver<()>,
+    /// Dropped: it ends.
+    taken_over: mpsc::Sender<()>,
+    client: JoinHandle<Result<(), String>>,
+}
+
+impl Resting {
+    fn start(data: SocketAddr, objects: &Arc<Vec<Object>>) -> Self {
+        let (rest, rests) = mpsc::channel();
+        let (taken_over, go_on) = mpsc::channel();
+        let objects = Arc::clone(objects);
+        let client = std::thread::spawn(move || {
+            let mut client = Client {
+                data,
+                random: Random(0),
+                stream: None,
+                tally: Arc::default(),
+            };
+            loop {
+                for turn in 0..4 {
+                    client.ask_for(&objects[0], 1000 * turn, 1000 * turn + 499)?;
+                }
+                if rest.send(()).is_err() || go_on.recv().is_err() {
+                    return Ok(());
+                }
+                client.ask_for(&objects[0], 0, 499)?;
+                if client.stream.is_some() {
+                    return Err("a connection was not told that it ends".to_owned());
+                }
+            }
+        });
+        Self {
+            rests,
+            taken_over,
+            client,
+        }
+    }
+
+    /// Waits until it rests.
+    fn rests(&self) {
+        // One that has failed says why when it is joined.
+        let _failed = self.rests.recv_timeout(PATIENCE);
+    }
+
+    fn finish(self) {
+        drop(self.taken_over);
+        self.client.join().unwrap().unwrap();
+    }
+}
+
 struct Client {
     data: SocketAddr,
     random: Random,
@@ -200,9 +253,14 @@ struct Client {
 
 impl Client {
     fn ask(&mut self, objects: &[Object]) -> Result<(), String> {
-        let (key, pin, bytes) = self.random.one_of(objects);
-        let first = self.random.below(bytes.len());
-        let last = (first + self.random.below(MIB / 2)).min(bytes.len() - 1);
+        let object = self.random.one_of(objects);
+        let first = self.random.below(object.2.len());
+        let last = (first + self.random.below(MIB / 2)).min(object.2.len() - 1);
+        self.ask_for(object, first, last)
+    }
+
+    fn ask_for(&mut self, object: &Object, first: usize, last: usize) -> Result<(), String> {
+        let (key, pin, bytes) = object;
         let wait = if self.stream.is_some() { "kept" } else { "new" };
         let failed = |what: &dyn std::fmt::Display| {
             format!("{key} {first}-{last} on a {wait} connection: {what}")
@@ -294,6 +352,8 @@ async fn a_hand_over_under_load_fails_no_request() {
     let objects = objects(&world);
     let mut now = Serving::start(crowded(&mut world.command()));
     let load = Load::start(world.data, &objects);
+    let resting = Resting::start(world.data, &objects);
+    let mut repeated = 0;
     let mut left = Vec::new();
     let mut slow = Vec::new();
     let mut longest: f64 = 0.0;
@@ -302,13 +362,20 @@ async fn a_hand_over_under_load_fails_no_request() {
         if turn % 4 == 0 {
             slow.push(slow_download(world.data, &objects[turn % objects.len()]));
         }
+        resting.rests();
+        let repeats = world.metric("pinrange_repeated_requests_total ");
+        repeated += repeats.parse::<u64>().unwrap();
         let next = Serving::start(crowded(&mut world.command()));
+        // It may be gone, which `finish` tells.
+        let _gone = resting.taken_over.send(());
         let gap = world.metric("pinrange_takeover_without_writer_seconds ");
         longest = longest.max(gap.parse().unwrap());
         left.push(std::mem::replace(&mut now, next));
     }
     load.go_on(40);
     load.finish("hand-over");
+    resting.finish();
+    assert!(repeated > 0, "no request was repeated before a hand-over");
     eprintln!("longest time without a writer: {longest} s");
     for slow in slow {
         slow.join().unwrap();

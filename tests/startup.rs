@@ -92,6 +92,10 @@ fn a_wrong_file_is_refused_with_its_line() {
             format!("{server}[[mount]]\npath = \"/m\"\n"),
             &["pinrange.toml:3:", "bucket"],
         ),
+        (
+            format!("{server}[[mount]]\npath = \"/m\"\nbucket = \"b--use1-az4--x-s3\"\n"),
+            &["pinrange.toml:5:10:", "mount \"/m\"", "directory bucket"],
+        ),
         (server.clone(), &["pinrange.toml:", "there is no mount"]),
         (format!("{server}{mount}x"), &["pinrange.toml:6:"]),
     ] {
@@ -202,6 +206,42 @@ async fn what_s3_does_wrong_is_logged_by_us() {
         assert_eq!(ours, 1, "{filter:?}: {log}");
         assert_eq!(log.contains(" ERROR "), by_the_sdk, "{filter:?}: {log}");
         assert_eq!(log.contains("aws_smithy"), by_the_sdk, "{filter:?}: {log}");
+    }
+}
+
+/// It is a line when it begins, and one a minute as long as it goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_is_no_line_for_each_request() {
+    for (filter, each) in [("info", false), ("debug", true)] {
+        let (s3, dir) = (s3().await, tempfile::tempdir().unwrap());
+        let mut command = serve(&s3.endpoint(), dir.path());
+        command
+            .env("PINRANGE_LOG", filter)
+            .env("PINRANGE_MOUNT__0__RETRIES", "0");
+        let mut serving = Serving::start(&mut command);
+        s3.script(Fault::new(Effect::InternalError).times(u64::MAX));
+        let began = Instant::now();
+        for number in 0..30 {
+            let path = format!("/m/{number}");
+            assert_eq!(http::get(serving.data, &path, "").status, 503);
+        }
+        let at_most = 1 + began.elapsed().as_secs() / 60;
+        serving.process.signal(Signal::TERM);
+        serving.process.wait();
+        let log = serving.process.stderr();
+        let lines = log
+            .lines()
+            .filter(|line| line.contains("the remote could not answer"));
+        let (warnings, others): (Vec<_>, Vec<_>) = lines.partition(|line| line.contains(" WARN "));
+        assert!(
+            !warnings.is_empty() && warnings.len() as u64 <= at_most,
+            "{log}"
+        );
+        for field in ["mount=\"/m\"", "status=503", "requests=1", "error="] {
+            assert!(warnings[0].contains(field), "{field}: {log}");
+        }
+        let each_has_one = warnings.len() + others.len() == 30;
+        assert_eq!(each_has_one, each, "{log}");
     }
 }
 

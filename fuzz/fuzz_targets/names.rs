@@ -9,6 +9,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use pinrange::config::{Config, Flags};
 use pinrange::mount::{ForbiddenAs, Mount, Mounts};
 use pinrange::remote::memory::MemoryRemote;
+use pinrange::seldom::Outage;
 
 /// The client's, compiled a second time: they are nobody else's business.
 #[path = "../../src/cli/get"]
@@ -77,6 +78,7 @@ static MOUNTS: LazyLock<Mounts> = LazyLock::new(|| {
         forbidden: ForbiddenAs::default(),
         retries: 0,
         verify: false,
+        outage: Outage::default(),
     });
     Mounts::new(mounts.into())
 });

@@ -11,6 +11,7 @@ use pinrange::disk::{DiskConfig, DiskTier, MinFree};
 use pinrange::fill::{FillSettings, Filler};
 use pinrange::mount::{ForbiddenAs, Mount, Mounts};
 use pinrange::remote::memory::MemoryRemote;
+use pinrange::seldom::Outage;
 use pinrange::server::accept::{Acceptor, Ending, Limits};
 use pinrange::server::handler::Handler;
 use pinrange::server::io::Timeouts;
@@ -78,6 +79,7 @@ fn serve() -> Served {
                 forbidden: ForbiddenAs::default(),
                 retries: 0,
                 verify: false,
+                outage: Outage::default(),
             }]);
             let handler = Handler::new(Arc::new(mounts), tiers, metrics);
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0")

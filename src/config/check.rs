@@ -46,7 +46,11 @@ pub(super) fn check(
     source: &Source,
     problems: Vec<Problem>,
 ) -> Result<Config, ConfigError> {
-    let mut checker = Checker { source, problems };
+    let mut checker = Checker {
+        source,
+        problems,
+        misread: Vec::new(),
+    };
     let server = checker.server(&raw.server, dev.is_some());
     let cache = checker.cache(&raw.cache, home.filter(|_| dev.is_some()));
     if raw.mount.is_empty() && dev.is_none() {
@@ -100,6 +104,8 @@ macro_rules! read {
 struct Checker<'a> {
     source: &'a Source,
     problems: Vec<Problem>,
+    /// Where values stand that were refused for themselves.
+    misread: Vec<Place>,
 }
 
 impl Checker<'_> {
@@ -116,6 +122,7 @@ impl Checker<'_> {
             Ok(read) => read,
             Err(message) => {
                 self.refuse(key, value, &message);
+                self.misread.push(self.place(value));
                 default
             }
         }
@@ -142,8 +149,15 @@ impl Checker<'_> {
     }
 
     /// Blames a relation between values on the first of `values` that is not a default. The defaults
-    /// fit each other, so there is one.
+    /// fit each other, so there is one. Nothing is said where a default stands for one of them that was refused: how that
+    /// fits the others shows once it is corrected.
     fn relation(&mut self, values: &[(&str, Option<&Value>)], message: &str) {
+        let mut places = values
+            .iter()
+            .filter_map(|(_, value)| Some(self.place((*value)?)));
+        if places.any(|place| self.misread.contains(&place)) {
+            return;
+        }
         let blamed = values
             .iter()
             .find_map(|(key, value)| Some((*key, (*value)?)));
@@ -383,6 +397,18 @@ impl Checker<'_> {
             retries: read!(self, "mount", raw.retries, default.retries, number(0..=10)),
             verify: read!(self, "mount", raw.verify, default.verify, boolean),
         };
+        if let Some(value) = raw
+            .bucket
+            .as_ref()
+            .filter(|_| is_directory_bucket(&mount.bucket))
+        {
+            let message = format!(
+                "mount {:?}: {:?} is a directory bucket (S3 Express One Zone), which pinrange cannot read; mount a \
+                 general purpose bucket",
+                mount.path, mount.bucket
+            );
+            self.refuse("mount.bucket", value, &message);
+        }
         if let Some(value) = raw.path.as_ref().filter(|_| !mount.path.is_empty()) {
             let place = self.place(value);
             if let Some(first) = paths.get(&mount.path) {
@@ -654,6 +680,13 @@ fn bucket(value: &Value) -> Result<String, String> {
         return refused("it is an IP address");
     }
     Ok(name.to_owned())
+}
+
+/// Whether the name is that of a bucket of S3 Express One Zone or of an access point to one, which end in what AWS keeps for
+/// them. The SDK would ask for a session first, at other hosts, and an `ETag` there says nothing about the bytes: none of that has
+/// been tried.
+fn is_directory_bucket(bucket: &str) -> bool {
+    bucket.ends_with("--x-s3") || bucket.ends_with("--xa-s3") || bucket.contains(":s3express:")
 }
 
 /// S3 takes keys of up to 1024 bytes, and the prefix needs company.

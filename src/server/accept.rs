@@ -60,6 +60,7 @@ use super::body::ResponseBody;
 use super::io::{Cut, Expecting, SendQueue, SendfileIo, SharedIo, Standing, Timeouts};
 use super::page_in::PageIn;
 use super::unsent;
+use crate::seldom::Seldom;
 
 /// What answers requests.
 pub trait Handler: Send + Sync + 'static {
@@ -504,28 +505,6 @@ impl Places {
     }
 }
 
-/// What happens many times a second, and is worth a line now and then.
-#[derive(Default)]
-struct Seldom {
-    said: Option<Instant>,
-    unsaid: u64,
-}
-
-impl Seldom {
-    const AGAIN: Duration = Duration::from_mins(1);
-
-    /// How often it happened since it was said last, this time included, if it is to be said now.
-    fn happened(&mut self) -> Option<u64> {
-        self.unsaid += 1;
-        let now = Instant::now();
-        let is_due = self.said.is_none_or(|said| now - said >= Self::AGAIN);
-        is_due.then(|| {
-            self.said = Some(now);
-            std::mem::take(&mut self.unsaid)
-        })
-    }
-}
-
 /// Accepts a connection, however often that fails, and tells `out_of_something` of each failure that is ours. Cancel
 /// safe.
 async fn accept(
@@ -600,17 +579,6 @@ impl Backoff {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn what_happens_often_is_said_once_a_minute_and_how_often_it_was() {
-        let mut seldom = Seldom::default();
-        let mut said = Vec::new();
-        for _ in 0..250 {
-            said.extend(seldom.happened());
-            tokio::time::advance(Duration::from_secs(1)).await;
-        }
-        assert_eq!(said, [1, 60, 60, 60, 60]);
-    }
 
     #[test]
     fn backoff_doubles_from_10_ms_to_1_s_and_starts_over_after_success() {

@@ -19,7 +19,8 @@
 //! hyper is not to notice, nor is it polled. It waits for a head meanwhile, with nothing read and nothing to write:
 //!
 //! - *Nothing read*: as long as all that it was given were whole heads, one in each read. After anything else (a head in two
-//!   reads, two heads in one) the connection is hyper's alone.
+//!   reads, two heads in one) the connection is hyper's alone, until hyper asks for more where a head has ended: it does so
+//!   only when nothing that it holds is a whole head, and then it holds nothing.
 //! - *Nothing to write*: only the answer to the last head that it was given arms an [`Again`], and when the socket has
 //!   all of that.
 
@@ -86,9 +87,9 @@ pub(super) struct Heads {
     again: Option<Arc<dyn Again>>,
     /// How many hyper was given.
     given: u64,
-    /// hyper was given something else: what it holds cannot be told any more.
+    /// hyper was given something else: what it holds cannot be told but for this.
     mixed: bool,
-    /// But for this.
+    /// Where what it was given ends.
     end: End,
 }
 
@@ -101,10 +102,13 @@ impl Heads {
         begins: bool,
         queue: &SendQueue,
     ) -> Option<Answer> {
-        if self.mixed {
+        if self.mixed && self.end != End::Behind {
             self.end = self.end.after(bytes);
+            return None;
         }
-        if self.mixed || bytes.is_empty() {
+        // It was given whole heads, and has taken them all: it asks for the next.
+        self.mixed = false;
+        if bytes.is_empty() {
             return None;
         }
         let range = self.last.as_ref().and_then(|last| last.range_in(bytes));
@@ -342,8 +346,31 @@ mod tests {
         heads.answer(b"GET /b HTTP/1.1\r\nX: ", true, &queue);
         assert_eq!(give(&mut heads, HEAD), 1);
         arm(8);
-        assert_eq!(give(&mut heads, HEAD), 1, "there is no saying any more");
         assert_eq!(queue.repeated(), None);
+        // That one ended where a head ends, so hyper has nothing left of it.
+        arm(8);
+        assert_eq!(give(&mut heads, HEAD), 1, "it is the first again");
+        assert_eq!(queue.repeated(), None);
+        give(&mut heads, HEAD);
+        assert_eq!(queue.repeated(), Some(10));
+        arm(10);
+        assert_eq!(give(&mut heads, HEAD), 2);
+        for (reads, comes_back) in [
+            (&[&[HEAD, HEAD].concat()[..]][..], true),
+            (&[b"\r\n"], true),
+            (&[&HEAD[..7], &HEAD[7..]], true),
+            (&[&HEAD[..7]], false),
+            (&[&HEAD[..HEAD.len() - 1]], false),
+            (&[b"content"], false),
+        ] {
+            let mut heads = Heads::default();
+            for read in reads {
+                give(&mut heads, read);
+            }
+            give(&mut heads, HEAD);
+            give(&mut heads, HEAD);
+            assert_eq!(queue.repeated().is_some(), comes_back, "{reads:?}");
+        }
     }
 
     /// What heads are made of, and what they are not.

@@ -163,6 +163,9 @@ impl Handler {
                 end.tier = tier(&opened.trace);
                 end.first_byte = started.elapsed();
                 end.open = opened.reader.is_some();
+                if opened.trace.forwarded.is_some() && !opened.trace.stale {
+                    mount.log_answer();
+                }
                 if end.open {
                     self.metrics.open_responses(1);
                 }
@@ -184,7 +187,7 @@ impl Handler {
             }
             Err(refusal) => {
                 let pin = head.single_pin().and_then(Validator::from_pin);
-                let response = respond::refused(&refusal, pin.as_ref());
+                let response = respond::refused(&refusal, mount, pin.as_ref());
                 end.verdict = match refusal {
                     Refusal::PinLost { .. } => "pin_lost",
                     Refusal::NotFound { .. } => "not_found",
@@ -196,6 +199,9 @@ impl Handler {
                     Refusal::NotFound { asked: false } => "none",
                     _ => "remote",
                 };
+                if let Refusal::PinLost { .. } | Refusal::NotFound { asked: true } = refusal {
+                    mount.log_answer();
+                }
                 end.over(response.body().size_hint().lower());
                 response
             }
@@ -601,7 +607,93 @@ impl BodyObserver for RequestEnd {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU64;
+
+    use bytes::Bytes;
+    use http_body_util::{BodyExt as _, Empty};
+
     use super::*;
+    use crate::disk::{DiskConfig, MinFree, inline};
+    use crate::fill::{FillSettings, Filler};
+    use crate::mount::ForbiddenAs;
+    use crate::remote::RemoteErrorKind;
+    use crate::remote::fault::FaultRemote;
+    use crate::remote::memory::MemoryRemote;
+    use crate::seldom::Outage;
+    use crate::tiers::TierSettings;
+
+    /// As the log has it: what is refused begins an outage, and whatever the remote answers ends it.
+    #[tokio::test(start_paused = true)]
+    async fn an_outage_lasts_until_the_remote_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = inline::open(DiskConfig {
+            dir: dir.path().to_owned(),
+            capacity: 1 << 24,
+            min_free: MinFree::Bytes(0),
+            block_size: 4096,
+            scrub_rate: 0,
+        })
+        .unwrap();
+        let metrics = Metrics::default();
+        let part_size = NonZeroU64::new(1 << 16).unwrap();
+        let settings = FillSettings {
+            part_size,
+            budget: 1 << 20,
+        };
+        let filler = Filler::new(Arc::clone(&disk), settings, metrics.clone());
+        let settings = TierSettings {
+            fan_out: 1,
+            part_size: part_size.get(),
+        };
+        let memory = MemoryRemote::new();
+        memory.put("held", "bytes", &[]);
+        memory.put("cold", "bytes", &[]);
+        let remote = Arc::new(FaultRemote::new(memory));
+        let mount = Mount {
+            path: "/m".to_owned(),
+            prefix: String::new(),
+            remote: Arc::clone(&remote) as _,
+            fresh_for: Duration::ZERO,
+            stale_if_error: Duration::from_mins(5),
+            forbidden: ForbiddenAs::BadGateway,
+            retries: 0,
+            verify: false,
+            outage: Outage::default(),
+        };
+        let mounts = Arc::new(Mounts::new(vec![mount]));
+        let tiers = Tiers::new(disk, filler, settings);
+        let handler = Handler::new(Arc::clone(&mounts), tiers, metrics);
+        let get = async |path: &str, pin: Option<&str>| {
+            let mut request = Request::get(path).header(HOST, "test");
+            if let Some(pin) = pin {
+                request = request.header(http::header::IF_MATCH, pin);
+            }
+            let request = request.body(Empty::<Bytes>::new()).unwrap();
+            let response = handler.handle(request, &SendQueue::default()).await;
+            let status = response.status().as_u16();
+            // To its end, so that what can be held is.
+            let _cut = response.into_body().collect().await;
+            status
+        };
+        let outage = || &mounts.iter().next().unwrap().outage;
+
+        assert_eq!(get("/m/held", None).await, 200);
+        for (failing, told, answered, status) in [
+            ("/m/a", 503, ("/m/cold", None), 200),
+            ("/m/b", 503, ("/m/none", None), 404),
+            ("/m/c", 503, ("/m/cold", Some("\"another\"")), 412),
+            // From what is held, which is no answer of the remote.
+            ("/m/held", 200, ("/m/held", None), 200),
+        ] {
+            remote.outage(Some(RemoteErrorKind::Unavailable));
+            assert_eq!(get(failing, None).await, told, "{failing}");
+            assert_eq!(outage().failed(), None, "{failing} begins one");
+            tokio::time::advance(Duration::from_mins(1)).await;
+            remote.outage(None);
+            assert_eq!(get(answered.0, answered.1).await, status);
+            assert_eq!(outage().answered(), None, "{answered:?} ended it");
+        }
+    }
 
     #[test]
     fn a_trace_context_has_ids_and_a_version_that_is_one() {

@@ -98,6 +98,10 @@ const FEW: usize = 4;
 /// Tokio's own budget counts calls, and 128 slices would be thirty times as much.
 pub const BURST: u64 = 4 << 20;
 
+/// How often in a `progress` timeout that passes without the socket taking anything the kernel is asked what the client has
+/// acknowledged. Each look is a timer and a system call.
+const LOOKS: u32 = 4;
+
 /// How long a client may take over what it still sends when its connection is to end: more than the round trip
 /// that tells it of the end.
 const LINGER: Duration = Duration::from_secs(2);
@@ -121,7 +125,7 @@ pub struct Timeouts {
     /// From accept, or the end of a response, to the first byte of a request.
     pub idle: Duration,
     /// While we have bytes to send: how far a client may be behind `min_rate`. One that takes nothing is cut after
-    /// this time.
+    /// this time, or a quarter of it later where its kernel took something at the beginning.
     pub progress: Duration,
     /// Bytes a second that a client has to take, on average over the time we wait for it. 0: any byte is progress
     /// enough.
@@ -414,8 +418,9 @@ impl Patience {
 /// byte now and then to be spared is cut nearly as soon as who takes none. Time in which nobody waits
 /// for the client (S3 or the disk is asked) does not count.
 ///
-/// A byte counts as taken when the socket takes it, and in a long wait, in which it takes none, when the client
-/// acknowledges it; never twice.
+/// A byte counts as taken when the socket takes it, and in a long wait, in which it takes none, when we see that the client
+/// acknowledged it; never twice. We look [`LOOKS`] times in a `progress`: bytes that were acknowledged right behind one look
+/// renew a credit that is older by then, so who takes nothing any more is cut after `progress` and a part of it at the latest.
 #[derive(Debug)]
 struct Credit {
     left: Duration,
@@ -448,7 +453,8 @@ impl Credit {
             self.unacknowledged = unacknowledged();
         }
         loop {
-            ready!(self.wait.poll_exhausted(cx, self.left));
+            let until_a_look = self.left.min(timeouts.progress / LOOKS);
+            ready!(self.wait.poll_exhausted(cx, until_a_look));
             let before = std::mem::replace(&mut self.unacknowledged, unacknowledged());
             let taken = before.saturating_sub(self.unacknowledged);
             self.pause();
@@ -1162,6 +1168,22 @@ mod tests {
         assert_eq!(credit.left, Duration::ZERO, "they counted already");
         credit.renew(30_000, &TIMEOUTS);
         assert_eq!(credit.left.as_secs(), 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_clients_kernel_takes_at_first_does_not_double_the_wait() {
+        let mut credit = Credit::new(&TIMEOUTS);
+        let begun = Instant::now();
+        let unacknowledged = || {
+            if begun.elapsed() < Duration::from_secs(1) {
+                1_000_000
+            } else {
+                0
+            }
+        };
+        std::future::poll_fn(|cx| credit.poll_exhausted(cx, &TIMEOUTS, unacknowledged)).await;
+        let waited = begun.elapsed().as_secs();
+        assert!((60..=76).contains(&waited), "cut after {waited} s");
     }
 
     /// How long `patience` lasts in a wait that begins now.

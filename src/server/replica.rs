@@ -46,6 +46,7 @@ use crate::fill::{FillSettings, Filler};
 use crate::mount::{ForbiddenAs, Mount, Mounts, PathError};
 use crate::remote::s3::{CredentialSource, InvalidS3Settings, S3Remote, S3Settings, Transport};
 use crate::remote::{RemoteError, RemoteErrorKind};
+use crate::seldom::Outage;
 use crate::semantics::RangeSpec;
 use crate::telemetry::Metrics;
 use crate::tiers::{TierSettings, Tiers};
@@ -666,6 +667,7 @@ async fn open_mount(
         forbidden: config.forbidden,
         retries: config.retries,
         verify: config.verify,
+        outage: Outage::default(),
     })
 }
 

@@ -1,7 +1,7 @@
 //! From an outcome to a response: the only place that names a status code.
 //!
 //! Every outcome is matched without a wildcard, so a new one cannot ship without a status. An outage is
-//! logged here, once, with its cause; what the client reads of it names no bucket, endpoint or credential.
+//! logged from here, with its cause; what the client reads of it names no bucket, endpoint or credential.
 
 #![deny(clippy::wildcard_enum_match_arm)]
 
@@ -19,8 +19,7 @@ use http::{Response, StatusCode};
 
 use super::body::{BodyObserver, Part, ResponseBody};
 use super::io::SendQueue;
-use crate::causes::one_line;
-use crate::mount::PathError;
+use crate::mount::{Mount, PathError};
 use crate::object::{Fields, Validator};
 use crate::semantics::precondition::Method;
 use crate::semantics::{ByteRange, Verdict};
@@ -191,8 +190,12 @@ fn date() -> [u8; 29] {
     })
 }
 
-/// The answer to a request that the tiers refuse, `pin` being the one tag it was pinned to.
-pub fn refused(refusal: &Refusal, pin: Option<&Validator>) -> Response<ResponseBody> {
+/// The answer to a request to `mount` that the tiers refuse, `pin` being the one tag it was pinned to.
+pub fn refused(
+    refusal: &Refusal,
+    mount: &Mount,
+    pin: Option<&Validator>,
+) -> Response<ResponseBody> {
     let (status, detail, cause, status_seen) = match refusal {
         Refusal::PinLost { current } => {
             let mut response = precondition_failed(current.as_ref(), pin);
@@ -231,11 +234,7 @@ pub fn refused(refusal: &Refusal, pin: Option<&Validator>) -> Response<ResponseB
             None,
         ),
     };
-    tracing::warn!(
-        error = one_line(&**cause),
-        status = status.as_u16(),
-        "the remote could not answer"
-    );
+    mount.log_failure(&**cause, Some(status.as_u16()));
     let mut response = problem(status, detail, &[]);
     forwarded_field(&mut response, status_seen);
     if let Refusal::Unavailable { retry_after, .. } = refusal {

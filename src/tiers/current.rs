@@ -20,7 +20,6 @@ use tokio::sync::MutexGuard;
 use tokio::time::Instant;
 
 use super::{FirstWant, Forwarded, OpenError, Refusal, Target, Tiers, Trace, renew};
-use crate::causes::one_line;
 use crate::disk::HeldRevision;
 use crate::object::{ObjectKey, Representation, Validator};
 use crate::remote::{Current, RemoteErrorKind, RemoteRead};
@@ -513,10 +512,7 @@ impl Tiers {
         {
             trace.stale = true;
             trace.forwarded = Some(Forwarded::Stale);
-            tracing::warn!(
-                error = one_line(&**error),
-                "the remote cannot be asked; answering from what is held"
-            );
+            target.get.mount.log_failure(&**error, None);
             return Ok(CurrentRevision {
                 representation,
                 held: Some(held),

@@ -31,6 +31,7 @@ use crate::fill::FillSettings;
 use crate::payload::{ChunkSource, Payload};
 use crate::remote::Remote;
 use crate::remote::memory::MemoryRemote;
+use crate::seldom::Outage;
 use crate::telemetry::Metrics;
 use weather::Weather;
 
@@ -132,6 +133,7 @@ impl World {
             forbidden: ForbiddenAs::default(),
             retries: 2,
             verify: false,
+            outage: Outage::default(),
         };
         Self {
             dir: dir.unwrap(),

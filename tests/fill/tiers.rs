@@ -3,6 +3,7 @@
 use http::HeaderMap;
 use pinrange::mount::{ForbiddenAs, Mount};
 use pinrange::payload::{BodyError, ChunkSource, Payload};
+use pinrange::seldom::Outage;
 use pinrange::semantics::precondition::Method;
 use pinrange::semantics::{RequestHead, Verdict};
 use pinrange::tiers::{Get, Opened, Refusal, TierSettings, Tiers};
@@ -37,6 +38,7 @@ impl Replica {
             forbidden: ForbiddenAs::default(),
             retries: 1,
             verify: false,
+            outage: Outage::default(),
         });
         Self::over(remote, mount, Arc::new(TempDir::new().unwrap()), min_free)
     }
@@ -420,6 +422,7 @@ async fn a_confirmation_is_written_down_well_within_the_time_it_counts_for() {
         prefix: mount.prefix.clone(),
         remote: Arc::clone(&mount.remote),
         stale_if_error: Duration::from_secs(20),
+        outage: Outage::default(),
         ..*mount
     });
     let replica = Replica::over(remote, mount, dir, MinFree::Bytes(0));

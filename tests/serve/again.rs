@@ -1,7 +1,7 @@
 //! The same request again on one connection, for another range: what `server/again.rs` answers below hyper is what
 //! hyper and the handler would have answered, and whatever is not the same request is theirs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -362,6 +362,7 @@ async fn heads_in_pieces_and_heads_together() {
     for start in 3..6 {
         assert!(right(&connection.ask(plain(start)).await, start));
     }
+    assert!(connection.repeats(&world, &plain(6)).await, "once more");
 
     // One and the beginning of a second, whose rest is a request by itself: bytes of a field.
     for odd in [
@@ -391,6 +392,55 @@ async fn heads_in_pieces_and_heads_together() {
             assert!(right(&connection.ask(plain(start)).await, start));
         }
         assert!(repeated(&world).await <= before + 5);
+        assert!(connection.repeats(&world, &plain(14)).await, "at {at}");
+    }
+}
+
+/// Each piece is sent when all that was asked for before it is answered, so that it is a read of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn wherever_a_stream_of_heads_is_cut_every_answer_is_right_and_the_short_way_is_found_again()
+{
+    const HEADS: u64 = 40;
+    let (world, object, tag) = holding(91, 3 * BLOCK).await;
+    let plain = |start: u64| ranged(&tag, &format!("bytes={start}-{}", start + 99));
+    for seed in 0..40 {
+        let chance = bytes(1000 + seed, 400);
+        let mut chance = chance.into_iter();
+        let mut below = |bound: usize| usize::from(chance.next().unwrap()) % bound;
+        let mut connection = Connection::new(&world).await;
+        connection.0.get_mut().set_nodelay(true).unwrap();
+        // By their ends in the stream.
+        let (mut stream, mut owed) = (String::new(), VecDeque::new());
+        for number in 0..HEADS {
+            let start = 100 + number;
+            let head = if below(8) == 0 {
+                plain(start).replace("Host", "host")
+            } else {
+                plain(start)
+            };
+            stream.push_str(&head);
+            owed.push_back((stream.len(), start));
+        }
+        let mut sent = 0;
+        while sent < stream.len() {
+            let whole = owed[below(owed.len().min(3))].0;
+            let to = match below(6) {
+                0 => sent + 1 + below(whole - sent),
+                1 => stream.len().min(whole + below(9)),
+                2 => whole,
+                _ => owed[0].0,
+            };
+            connection.send(&stream[sent..to]).await;
+            sent = to;
+            while let Some((_, start)) = owed.pop_front_if(|(end, _)| *end <= sent) {
+                let answer = connection.read(false).await.expect("an answer");
+                assert!(answer.body == slice(&object, start, start + 100), "{seed}");
+                let range = format!("bytes {start}-{}/{}", start + 99, object.len());
+                assert_eq!(answer.fields["content-range"], range, "{seed}");
+            }
+        }
+        connection.arm(&tag).await;
+        assert!(connection.repeats(&world, &plain(9)).await, "{seed}");
     }
 }
 
