@@ -83,7 +83,7 @@ pub use held::{HeldRevision, Step};
 pub use room::Reservation;
 pub use tier::DiskTier;
 pub use whole::Whole;
-pub use writer::{BlockWriter, WRITE_STEP, WriterView};
+pub use writer::{BlockWriter, LEAST_STEP, WriterView};
 
 use crate::object::{Checksum, ObjectKey, Representation};
 

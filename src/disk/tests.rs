@@ -25,6 +25,7 @@ use super::catalog::Catalog;
 use super::durability::{KernelSync, Syncer};
 use super::tier::{Seams, Space};
 use super::watch::Limits;
+use super::writer::{LONG_STEPS, LONGEST_STEP as STEP};
 use super::*;
 use crate::object::{ObjectKey, Representation, Revision, Validator};
 use crate::semantics::ByteRange;
@@ -686,32 +687,31 @@ async fn a_writer_pulls_a_turn_at_a_time_and_nothing_where_no_file_can_be_made()
     );
 }
 
-/// Each block of `steps` steps.
+/// Each block of `steps` steps, whatever the machine.
 fn with_long_blocks(dir: &Path, steps: u64) -> Arc<DiskTier> {
     let config = DiskConfig {
         capacity: 64 << 20,
-        block_size: steps * WRITE_STEP,
+        block_size: steps * STEP,
         ..config(dir)
     };
-    DiskTier::open(config).unwrap()
+    let seams = Seams {
+        longest_step: STEP,
+        ..Seams::default()
+    };
+    DiskTier::open_with(config, seams).unwrap()
 }
 
-#[tokio::test]
-async fn whole_steps_are_written_however_the_bytes_come() {
-    const STEP: u64 = WRITE_STEP;
-    const SIZE: u64 = 11 * STEP + 100;
-    let dir = tempfile::tempdir().unwrap();
-    let tier = with_long_blocks(dir.path(), 4);
-    let held = admit(&tier, "x", SIZE).await;
-    let bytes = Bytes::from(body("x", SIZE));
-    let reservation = tier.reserve(SIZE).await.unwrap();
-    let mut writer = held.writer(range(0, SIZE), reservation);
+/// Writes `size` bytes of "x" in frames from much less than a step to more than one, and expects the cursor at multiples of `step`.
+async fn assert_steps(tier: &DiskTier, size: u64, step: u64) {
+    let held = admit(tier, "x", size).await;
+    let bytes = Bytes::from(body("x", size));
+    let reservation = tier.reserve(size).await.unwrap();
+    let mut writer = held.writer(range(0, size), reservation);
     let view = writer.view();
     let mut given = 0;
     let mut turn = 0;
-    while given < SIZE {
-        // From much less than a step to more than one.
-        let len = [100, 7777, STEP - 1, 3 * STEP + 5][turn % 4].min(SIZE - given);
+    while given < size {
+        let len = [100, 7777, LEAST_STEP - 1, STEP - 1, 3 * STEP + 5][turn % 5].min(size - given);
         let frame = bytes.slice(given as usize..(given + len) as usize);
         writer
             .pull(VecDeque::from([frame]), VecDeque::pop_front)
@@ -720,19 +720,50 @@ async fn whole_steps_are_written_however_the_bytes_come() {
         given += len;
         turn += 1;
         let cursor = view.cursor();
-        if turn == 1 || given == SIZE {
+        if turn == 1 || given == size {
             assert_eq!(cursor, given, "the first bytes and the last wait for none");
         } else {
-            assert_eq!(cursor, (given - given % STEP).max(100));
+            assert_eq!(cursor, (given - given % step).max(100));
         }
         assert_eq!(writer.holds_back_since().is_some(), cursor < given);
     }
-    assert_holds(&held, "x", range(0, SIZE)).await;
+    assert_holds(&held, "x", range(0, size)).await;
+}
+
+#[tokio::test]
+async fn whole_steps_are_written_however_the_bytes_come() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = with_long_blocks(dir.path(), 4);
+    assert_steps(&tier, 11 * STEP + 100, STEP).await;
+}
+
+/// Thousands of writers must not put aside 256 KiB each.
+#[tokio::test]
+async fn steps_are_short_where_many_writers_have_put_long_ones_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    let tier = with_long_blocks(dir.path(), 4);
+    let bytes = Bytes::from(vec![0; 200]);
+    let mut others = Vec::new();
+    for n in 0..LONG_STEPS {
+        let held = admit(&tier, &format!("y{n}"), STEP).await;
+        let reservation = tier.reserve(STEP).await.unwrap();
+        let mut writer = held.writer(range(0, STEP), reservation);
+        let frames = VecDeque::from([bytes.slice(..100), bytes.slice(100..200)]);
+        writer.pull(frames, VecDeque::pop_front).await.unwrap();
+        assert!(writer.holds_back_since().is_some());
+        others.push(writer);
+    }
+    assert_steps(&tier, 11 * STEP + 100, LEAST_STEP).await;
+    // One of them is done with its step, and leaves its place; another one ends.
+    others[0].flush().await.unwrap();
+    others.pop();
+    tier.purge(PurgeTarget::Key(key("x"))).await.unwrap();
+    assert_steps(&tier, 11 * STEP + 100, STEP).await;
+    assert_eq!(tier.shared.steps.has_leave_for(), 2);
 }
 
 #[tokio::test]
 async fn what_is_held_back_is_written_when_it_is_asked_for() {
-    const STEP: u64 = WRITE_STEP;
     let dir = tempfile::tempdir().unwrap();
     let tier = with_long_blocks(dir.path(), 2);
     let held = admit(&tier, "x", 2 * STEP).await;
@@ -740,12 +771,25 @@ async fn what_is_held_back_is_written_when_it_is_asked_for() {
     let reservation = tier.reserve(2 * STEP).await.unwrap();
     let mut writer = held.writer(range(0, 2 * STEP), reservation);
     let view = writer.view();
-    for (given, held_back) in [(1, false), (1000, true), (STEP + 10, true)] {
-        let frame = bytes.slice(view.cursor() as usize..given as usize);
+    for (given, held_back) in [
+        (1, false),
+        (1000, true),
+        (LEAST_STEP + 10, true),
+        (STEP + 10, true),
+    ] {
+        let before = view.cursor();
+        let frame = bytes.slice(before as usize..given as usize);
         let frames = VecDeque::from([frame]);
         writer.pull(frames, VecDeque::pop_front).await.unwrap();
         assert_eq!(writer.holds_back_since().is_some(), held_back);
+        let asked = Instant::now();
         writer.flush().await.unwrap();
+        if let Some(since) = writer.holds_back_since() {
+            // Slow bytes lie in whole least steps too.
+            assert_eq!(view.cursor(), given - given % LEAST_STEP);
+            assert!(since >= asked, "the rest of it waits anew");
+            writer.flush().await.unwrap();
+        }
         assert!(writer.holds_back_since().is_none());
         assert_eq!(view.cursor(), given);
         let extent = view.extent(range(0, given)).unwrap();

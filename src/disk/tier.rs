@@ -48,6 +48,7 @@ use super::room::{Reservation, Room};
 use super::scrub::{self, Scrubber};
 use super::sweep::{self, SweptSoFar};
 use super::watch::{Limits, Watch};
+use super::writer::{self, Steps};
 use super::{
     Computed, CurrentRecord, DiskConfig, DiskError, DiskStats, Lookup, MinFree, PurgeTarget,
     Purged, ScrubReport, Whole, whole,
@@ -89,6 +90,7 @@ pub(super) struct Shared {
     pub(super) room: Arc<Room>,
     pub(super) catalog: Catalog,
     pub(super) queue: Queue,
+    pub(super) steps: Steps,
     pub(super) sync: Box<dyn Syncer>,
     pub(super) file_system: FileSystem,
     /// With segment files.
@@ -163,6 +165,8 @@ pub(super) struct Seams {
     pub(super) file_system: FileSystem,
     pub(super) revisions_in_memory: usize,
     pub(super) max_open_files: usize,
+    /// Bytes of one write, a multiple of [`LEAST_STEP`](super::LEAST_STEP).
+    pub(super) longest_step: u64,
 }
 
 impl Default for Seams {
@@ -190,6 +194,7 @@ impl Default for Seams {
             }),
             revisions_in_memory: REVISIONS_IN_MEMORY,
             max_open_files: quarter.clamp(16, 1 << 16),
+            longest_step: writer::longest_step(),
         }
     }
 }
@@ -245,6 +250,7 @@ impl DiskTier {
             }),
             evictor: Mutex::new(()),
             closing: Mutex::new(()),
+            steps: Steps::new(seams.longest_step),
             policy: Mutex::new(policy),
             free_space: Mutex::new(None),
             files_made: AtomicI64::new(0),

@@ -7,14 +7,15 @@
 //!
 //! The kernel keeps what one write brings to an aligned stretch in one piece, a large folio, and each warm read pays for
 //! every piece that it touches. So bytes are written in whole steps, however they came: what does not fill one is put
-//! aside until more comes, or until [`BlockWriter::flush`] ends the wait.
+//! aside until more comes, or until [`BlockWriter::flush`] ends the wait. Writers are many and memory is not, so only some put
+//! aside up to a whole step, and the others up to a [`LEAST_STEP`].
 //!
 //! Its [`WriterView`] lets others send up to the cursor, in the middle of a block too: those bytes are in the
 //! page cache and will not change. A block that the writer leaves unfinished stays claimed: it can
 //! never be completed in that file, and whoever fetches it again gets another one.
 
 use std::collections::VecDeque;
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,6 +23,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::DiskError;
 use super::coverage::Coverage;
@@ -34,9 +36,56 @@ use super::sums::SumDigest;
 use super::watch::Watch;
 use crate::semantics::ByteRange;
 
-/// Bytes of one write. A large one holds the inode's lock against senders: 1 MiB stalled
-/// sendfile by 2.4 ms (p99), 64 KiB by 0.09 ms.
-pub const WRITE_STEP: u64 = 64 << 10;
+/// Bytes of one write where nothing speaks against it. More are not worth their wait, and hold the inode's lock against
+/// senders where the file system has one (XFS): 1 MiB stalled sendfile by 2.4 ms (p99).
+pub(super) const LONGEST_STEP: u64 = 256 << 10;
+
+/// Bytes of one write at least, where so many come in time.
+pub const LEAST_STEP: u64 = 64 << 10;
+
+/// How many writers may put aside more than a [`LEAST_STEP`] at a time: 16 MiB in all.
+pub(super) const LONG_STEPS: usize = 64;
+
+/// How long the writes of a tier are, and what its writers share for it.
+pub(super) struct Steps {
+    longest: u64,
+    /// Leave to put aside more than a least step.
+    leave: Arc<Semaphore>,
+}
+
+impl Steps {
+    /// `longest`: a multiple of [`LEAST_STEP`].
+    pub(super) fn new(longest: u64) -> Self {
+        Self {
+            longest,
+            leave: Arc::new(Semaphore::new(LONG_STEPS)),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn has_leave_for(&self) -> usize {
+        self.leave.available_permits()
+    }
+}
+
+/// The longest step that this machine takes as cheaply as shorter ones.
+///
+/// A virtual machine may give its free memory back to the host in blocks (free page reporting). What is as large as such a block
+/// is always made of memory that has to be fetched back first, page by page, which takes several times the CPU of the write.
+pub(super) fn longest_step() -> u64 {
+    let order = fs::read_to_string("/sys/module/page_reporting/parameters/page_reporting_order");
+    longest_below(order.ok().as_deref(), rustix::param::page_size() as u64)
+}
+
+/// `order`: of the blocks that the kernel gives back, as it says it; beyond all reason where it gives none.
+fn longest_below(order: Option<&str>, page_size: u64) -> u64 {
+    order
+        .and_then(|order| order.trim().parse::<u32>().ok())
+        .and_then(|order| 1_u64.checked_shl(order)?.checked_mul(page_size))
+        .map_or(LONGEST_STEP, |block| {
+            (block / 2).clamp(LEAST_STEP, LONGEST_STEP)
+        })
+}
 
 /// Bytes of one turn on a thread that may block: a fraction of a millisecond, after which those who follow hear of
 /// them.
@@ -77,6 +126,7 @@ impl BlockWriter {
                 end: range.end(),
                 aside: Vec::new(),
                 aside_since: Instant::now(),
+                long_step: None,
                 reservation,
                 digest: SumDigest::default(),
                 segment: None,
@@ -124,13 +174,14 @@ impl BlockWriter {
         .await
     }
 
-    /// Since when bytes wait for those that follow them, to be written together: fewer than 64 KiB. `None`: none wait.
+    /// Since when bytes wait for those that follow them, to be written together: less than 256 KiB. `None`: none wait.
     pub fn holds_back_since(&self) -> Option<Instant> {
         let cursor = self.cursor.as_ref()?;
         (!cursor.aside.is_empty()).then_some(cursor.aside_since)
     }
 
-    /// Writes what is held back.
+    /// Writes what is held back, up to a multiple of [`LEAST_STEP`] if it reaches one. The rest of it waits
+    /// [from now on](Self::holds_back_since).
     ///
     /// # Errors
     /// As [`BlockWriter::pull`].
@@ -139,8 +190,9 @@ impl BlockWriter {
     /// As there.
     pub async fn flush(&mut self) -> Result<(), DiskError> {
         self.run(|cursor| {
-            while !cursor.aside.is_empty() {
+            if !cursor.aside.is_empty() {
                 cursor.step(&[])?;
+                cursor.aside_since = Instant::now();
             }
             Ok(())
         })
@@ -159,7 +211,7 @@ impl BlockWriter {
         while !chunks.is_empty() {
             chunks = self.pull(chunks, VecDeque::pop_front).await?;
         }
-        if self.holds_back_since().is_some() {
+        while self.holds_back_since().is_some() {
             self.flush().await?;
         }
         Ok(())
@@ -239,6 +291,8 @@ struct Cursor {
     aside: Vec<u8>,
     /// When the first of that was.
     aside_since: Instant,
+    /// Leave to put aside up to a whole step.
+    long_step: Option<OwnedSemaphorePermit>,
     reservation: Reservation,
     /// Over the bytes of the block under way.
     digest: SumDigest,
@@ -273,7 +327,7 @@ impl Cursor {
             }
             // Somebody may be waiting for the first ones.
             let is_first = self.at == self.view.start;
-            if !is_first && self.step_end() - reached > bytes.len() as u64 {
+            if !is_first && !self.fill_a_step(bytes.len() as u64) {
                 if self.aside.is_empty() {
                     self.aside_since = Instant::now();
                 }
@@ -299,12 +353,27 @@ impl Cursor {
         }
     }
 
-    /// The next multiple of a step, since the kernel makes large folios only where they are aligned, or the block's end.
-    fn step_end(&self) -> u64 {
-        (self.at - self.at % WRITE_STEP + WRITE_STEP).min(self.block().end)
+    /// Whether what was put aside and so many bytes `more` are enough for a write. If they are not, there is leave to put them
+    /// aside.
+    fn fill_a_step(&mut self, more: u64) -> bool {
+        let reached = self.at + self.aside.len() as u64 + more;
+        let steps = &self.held.shared.steps;
+        if reached >= self.step_end(steps.longest) {
+            return true;
+        }
+        if self.long_step.is_none() {
+            self.long_step = Arc::clone(&steps.leave).try_acquire_owned().ok();
+        }
+        self.long_step.is_none() && reached >= self.step_end(LEAST_STEP)
     }
 
-    /// One write, of what was put aside and what of `bytes` belongs to the same step. Returns how much of `bytes` that was.
+    /// The next multiple of `step`, since the kernel makes large folios only where they are aligned, or the block's end.
+    fn step_end(&self, step: u64) -> u64 {
+        (self.at - self.at % step + step).min(self.block().end)
+    }
+
+    /// One write, of what was put aside and what of `bytes` belongs to the same step: the whole of it, else whole least steps of
+    /// it, else what there is. Returns how much of `bytes` that was.
     fn step(&mut self, bytes: &[u8]) -> Result<usize, DiskError> {
         let block = self.block();
         let held = Arc::clone(&self.held);
@@ -317,10 +386,17 @@ impl Cursor {
         {
             return Err(DiskError::NoRoom);
         }
-        let room = usize::try_from(self.step_end() - self.at).unwrap_or(usize::MAX);
-        let room = room - self.aside.len();
-        let bytes = &bytes[..bytes.len().min(room)];
-        let slices = [IoSlice::new(&self.aside), IoSlice::new(bytes)];
+        let reached = self.at + (self.aside.len() + bytes.len()) as u64;
+        let longest = self.step_end(held.shared.steps.longest);
+        let end = match reached - reached % LEAST_STEP {
+            _ if reached >= longest => longest,
+            least if least > self.at => least,
+            _ => reached,
+        };
+        let len = usize::try_from(end - self.at).expect("a step");
+        let aside = &self.aside[..self.aside.len().min(len)];
+        let bytes = &bytes[..len - aside.len()];
+        let slices = [IoSlice::new(aside), IoSlice::new(bytes)];
         let offset = self.at - held.geometry.segment_start(segment.key.idx);
         let written = loop {
             match rustix::io::pwritev(segment.file.file(), &slices, offset) {
@@ -343,6 +419,7 @@ impl Cursor {
         if from_aside == self.aside.len() {
             // Its memory too: flights may be hundreds.
             self.aside = Vec::new();
+            self.long_step = None;
         } else {
             self.aside.drain(..from_aside);
         }
@@ -521,4 +598,29 @@ fn create(
         file,
         end,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_stay_below_what_the_kernel_gives_back_to_a_host() {
+        const PAGE: u64 = 4 << 10;
+        for (order, longest) in [
+            (None, LONGEST_STEP),
+            // No host takes any back; two ways to say it.
+            (Some("4294967295\n"), LONGEST_STEP),
+            (Some("-1\n"), LONGEST_STEP),
+            (Some("9\n"), LONGEST_STEP),
+            (Some("7\n"), LONGEST_STEP),
+            (Some("6\n"), 128 << 10),
+            (Some("5\n"), LEAST_STEP),
+            (Some("0\n"), LEAST_STEP),
+            (Some("x"), LONGEST_STEP),
+        ] {
+            assert_eq!(longest_below(order, PAGE), longest, "{order:?}");
+        }
+        assert_eq!(longest_below(Some("5"), 16 * PAGE), LONGEST_STEP);
+    }
 }

@@ -35,7 +35,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::io::to_usize;
-use crate::disk::{FileExtent, WRITE_STEP};
+use crate::disk::{FileExtent, LEAST_STEP};
 
 /// Loads at a time, and threads for them: enough to keep one SSD busy.
 const CONCURRENT_LOADS: usize = 32;
@@ -281,7 +281,7 @@ impl Pages for KernelPages {
         let mut offset = start;
         while offset < end {
             // Written at once, and so mostly in one place of the disk, seldom in two: its first and its last byte tell.
-            let next = end.min((offset / WRITE_STEP + 1) * WRITE_STEP);
+            let next = end.min((offset / LEAST_STEP + 1) * LEAST_STEP);
             let wait_for = |at| retry_on_intr(|| rustix::io::pread(file, &mut [0_u8; 1][..], at));
             if wait_for(offset) != Ok(1) || wait_for(next - 1) != Ok(1) {
                 break;
@@ -351,7 +351,7 @@ mod tests {
             return;
         }
         let page_in = PageIn::new().unwrap();
-        let (start, len) = (WRITE_STEP + 5_000, (8 << 20) + 3);
+        let (start, len) = (LEAST_STEP + 5_000, (8 << 20) + 3);
         let extent = FileExtent::from_file(file.try_clone().unwrap(), start, len);
         page_in.load(extent, len).await.unwrap();
         // What came last first. A piece in three places of the disk may come in any order.

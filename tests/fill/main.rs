@@ -741,7 +741,7 @@ async fn what_does_not_fill_a_step_is_told_of_while_the_remote_drips() {
     let follow = world.filler.adopt(&world.source, read, era).unwrap();
     let sent = soon(world.send(vec![follow], range(0, 150))).await.unwrap();
     assert!(sent == world.slice(0, 150));
-    // A tenth of what it takes to fill a step.
+    // A tenth of what it takes to fill the shortest step.
     let drips = dripped.load(Ordering::Relaxed);
     assert!(drips < 65, "told after {drips} frames");
 }
