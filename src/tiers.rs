@@ -176,8 +176,8 @@ pub enum Refusal {
     },
     /// The remote lies or denies us.
     BadGateway {
-        /// The object is there and would be answered with, were it restored from its archive.
-        archived: bool,
+        /// Which of the two, and how.
+        says: RemoteSays,
         /// For the log.
         cause: Arc<dyn std::error::Error + Send + Sync>,
     },
@@ -853,7 +853,7 @@ impl Tiers {
                 cause: Arc::new(error),
             },
             Outcome::BadGateway => Refusal::BadGateway {
-                archived: remote == RemoteSays::Archived,
+                says: remote,
                 cause: Arc::new(error),
             },
             Outcome::Unavailable | Outcome::FromDisk | Outcome::AskRemote | Outcome::Serve => {

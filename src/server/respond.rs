@@ -19,11 +19,12 @@ use http::{Response, StatusCode};
 
 use super::body::{BodyObserver, Part, ResponseBody};
 use super::io::SendQueue;
+use crate::causes::one_line;
 use crate::mount::{Mount, PathError};
 use crate::object::{Fields, Validator};
 use crate::semantics::precondition::Method;
 use crate::semantics::{ByteRange, Verdict};
-use crate::tiers::{Forwarded, Opened, Refusal, Trace};
+use crate::tiers::{Forwarded, Opened, Refusal, RemoteSays, Trace};
 
 const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
@@ -223,9 +224,9 @@ pub fn refused(
             cause,
             None,
         ),
-        Refusal::BadGateway { archived, cause } => (
+        Refusal::BadGateway { says, cause } => (
             StatusCode::BAD_GATEWAY,
-            if *archived {
+            if *says == RemoteSays::Archived {
                 "the object is archived in the storage behind this server: it has to be restored before it can be read"
             } else {
                 "the storage behind this server gave an answer that cannot be used"
@@ -234,7 +235,15 @@ pub fn refused(
             None,
         ),
     };
-    mount.log_failure(&**cause, Some(status.as_u16()));
+    if let Refusal::BadGateway { says, .. } = refusal
+        && matches!(says, RemoteSays::Lies | RemoteSays::Archived)
+    {
+        // Of this object, while others may well be read.
+        let (error, status) = (one_line(&**cause), status.as_u16());
+        tracing::warn!(error, status, "the remote could not answer");
+    } else {
+        mount.log_failure(&**cause, Some(status.as_u16()));
+    }
     let mut response = problem(status, detail, &[]);
     forwarded_field(&mut response, status_seen);
     if let Refusal::Unavailable { retry_after, .. } = refusal {
