@@ -323,6 +323,8 @@ impl Shared {
         }
         if self.unrecorded.is_due() {
             let _busy = self.watch.begin("commit", self.watch.limits.sync);
+            // As above: the catalog may want room that only eviction makes, and reservations are refused.
+            let _ = self.make_room(self.block_size);
             let empty = Batch::default();
             let committed = self
                 .catalog

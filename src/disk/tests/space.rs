@@ -170,30 +170,36 @@ async fn a_file_that_could_not_be_made_for_want_of_inodes_is_told_so() {
     assert!(!told.to_string().contains("inode"), "{told}");
 }
 
-/// While writes are refused no reservation makes room, so the look after trouble does.
+/// While writes are refused no reservation makes room, so the look after trouble does: with files as with the catalog.
 #[tokio::test]
 async fn a_disk_full_of_our_files_gets_well_though_writes_are_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let others = Arc::new(AtomicU64::new(0));
-    let tier = DiskTier::open_with(
-        DiskConfig {
-            capacity: 1 << 30,
-            ..config(dir.path())
-        },
-        with_files(dir.path(), 100, &others),
-    )
-    .unwrap();
-    for count in 0..30 {
-        put(&tier, &format!("object {count}"), 8).await;
+    for with_catalog in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let others = Arc::new(AtomicU64::new(0));
+        let tier = DiskTier::open_with(
+            DiskConfig {
+                capacity: 1 << 30,
+                ..config(dir.path())
+            },
+            with_files(dir.path(), 100, &others),
+        )
+        .unwrap();
+        for count in 0..30 {
+            put(&tier, &format!("object {count}"), 8).await;
+        }
+        tier.flush().await.unwrap();
+        others.store(60, Ordering::Release);
+        let shared = tier.shared();
+        let full = shared.not_made(io::ErrorKind::StorageFull.into());
+        if with_catalog {
+            shared.unrecorded.note("record in", dir.path(), &full);
+        } else {
+            shared.trouble.note("create", dir.path(), &full);
+        }
+        until("room was made", || segment_files(dir.path()).is_empty()).await;
+        others.store(0, Ordering::Release);
+        until("it is well", || !tier.stats().degraded).await;
     }
-    tier.flush().await.unwrap();
-    others.store(60, Ordering::Release);
-    let shared = tier.shared();
-    let full = shared.not_made(io::ErrorKind::StorageFull.into());
-    shared.trouble.note("create", dir.path(), &full);
-    until("room was made", || segment_files(dir.path()).is_empty()).await;
-    others.store(0, Ordering::Release);
-    until("it is well", || !tier.stats().degraded).await;
 }
 
 #[tokio::test]
