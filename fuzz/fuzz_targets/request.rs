@@ -169,7 +169,10 @@ fn judge(answer: &[u8], head_request: bool) -> Option<&[u8]> {
     let length = length?;
     // A later request of a pipeline may be a HEAD: then nothing can be said of what follows.
     let body = body.get(..length)?;
-    if !matches!(status, 200 | 206) || body.starts_with(b"HTTP/1.") {
+    if body.starts_with(b"HTTP/1.") {
+        return None;
+    }
+    if !matches!(status, 200 | 206) {
         return Some(&answer[end + 4 + length..]);
     }
     let tag = field("etag").expect("a revision is named");
