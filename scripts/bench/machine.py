@@ -1,6 +1,7 @@
 """What a run was made on, and whether the machine was quiet meanwhile."""
 
 import os
+import pathlib
 import platform
 import re
 import subprocess
@@ -28,6 +29,7 @@ def describe():
         "cores": os.cpu_count(),
         "memory_gib": round(int(field("/proc/meminfo", "MemTotal").split()[0]) / (1 << 20), 1),
         "kernel": platform.release(),
+        "congestion_control": pathlib.Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
         "virtual": (output("systemd-detect-virt", "--vm") or ["unknown"])[0],
         "versions": {name: version(*command) for name, command in PROGRAMS.items()},
         "commit": commit(),

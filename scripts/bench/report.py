@@ -92,12 +92,13 @@ def machine_section(results, _):
     lines = []
     for (commit, date), members in groups.items():
         machine = members[0][1]
+        congestion = f", {machine['congestion_control']}" if "congestion_control" in machine else ""
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
         seconds = ", ".join(f"{name} {member['seconds']} s" for name, member in members)
         stolen = max(member["stolen_share"] for _, member in members)
         lines.append(
             f"Commit {commit}, {date}: {machine['cores']} cores of {machine['cpu']} ({machine['virtual']}), {machine['memory_gib']} GiB, Linux "
-            f"{machine['kernel']}; {versions}. Load before it {machine['load_before']}; at most {stolen:.1%} of the machine's time was stolen by the "
+            f"{machine['kernel']}{congestion}; {versions}. Load before it {machine['load_before']}; at most {stolen:.1%} of the machine's time was stolen by the "
             f"hypervisor. It took {seconds}."
         )
     return paragraphs("## The run", *lines, noise(results))
