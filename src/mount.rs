@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::causes::one_line;
 use crate::object::ObjectKey;
 use crate::remote::Remote;
-use crate::seldom::{Outage, Over};
+use crate::seldom::{Outage, Over, Reason};
 
 /// S3's limit on a key, in bytes.
 const LONGEST_KEY: usize = 1024;
@@ -67,9 +67,9 @@ impl fmt::Debug for Mount {
 impl Mount {
     /// Logs that the remote could not answer a request, and why; `status`: what the client was told, `None` where what is
     /// held was enough for it. Seldom, however many requests there are: see [`seldom`](crate::seldom).
-    pub fn log_failure(&self, error: &dyn Error, status: Option<u16>) {
+    pub fn log_failure(&self, reason: Reason, error: &dyn Error, status: Option<u16>) {
         let mount = self.path.as_str();
-        match self.outage.failed() {
+        match self.outage.failed(reason) {
             Some(requests) => {
                 let error = one_line(error);
                 tracing::warn!(
@@ -93,7 +93,7 @@ impl Mount {
 
     /// The remote answered a request: logs that an outage is over, if it is.
     pub fn log_answer(&self) {
-        if let Some(Over { failed, lasted }) = self.outage.answered() {
+        while let Some(Over { failed, lasted }) = self.outage.answered() {
             let lasted_s = lasted.as_secs();
             let mount = self.path.as_str();
             tracing::info!(mount, failed, lasted_s, "the remote answers again");

@@ -31,9 +31,24 @@ impl Seldom {
     }
 }
 
+/// Why a remote could not answer, as far as that concerns more than one object. One of them must not hide another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::exhaustive_enums,
+    reason = "closed: what one trouble has in common"
+)]
+pub enum Reason {
+    /// It fails, is silent or out of reach.
+    Unavailable,
+    /// It denies the read, perhaps of some objects only.
+    Denied,
+    /// The bucket is missing or the credentials are wrong.
+    Misconfigured,
+}
+
 /// Whether a remote is in trouble, for the log. Begins untroubled.
 #[derive(Debug, Default)]
-pub struct Outage(Mutex<Option<Trouble>>);
+pub struct Outage(Mutex<[Option<Trouble>; 3]>);
 
 #[derive(Debug)]
 struct Trouble {
@@ -58,11 +73,11 @@ impl Outage {
     /// trouble, not in a thousand troubles.
     const CALM: Duration = Duration::from_secs(10);
 
-    /// A request failed. `Some`: log that, for so many requests since the last line, this one included.
-    pub(crate) fn failed(&self) -> Option<u64> {
+    /// A request failed. `Some`: log that, for so many requests since the last line of this reason, this one included.
+    pub(crate) fn failed(&self, reason: Reason) -> Option<u64> {
         let now = Instant::now();
-        let mut trouble = self.0.lock();
-        let trouble = trouble.get_or_insert_with(|| Trouble {
+        let mut troubles = self.0.lock();
+        let trouble = troubles[reason as usize].get_or_insert_with(|| Trouble {
             began: now,
             latest: now,
             failed: 0,
@@ -73,10 +88,11 @@ impl Outage {
         trouble.said.happened()
     }
 
-    /// The remote answered a request. `Some`: log that it is well again.
+    /// The remote answered a request. The first that is over: log that.
     pub(crate) fn answered(&self) -> Option<Over> {
-        let mut trouble = self.0.lock();
-        let over = trouble.take_if(|trouble| trouble.latest.elapsed() >= Self::CALM)?;
+        let is_over = |trouble: &mut Trouble| trouble.latest.elapsed() >= Self::CALM;
+        let mut troubles = self.0.lock();
+        let over = troubles.iter_mut().find_map(|one| one.take_if(is_over))?;
         Some(Over {
             failed: over.failed,
             lasted: over.latest - over.began,
@@ -106,7 +122,7 @@ mod tests {
         let second = Duration::from_secs(1);
         let mut said = Vec::new();
         for _ in 0..150 {
-            said.extend(outage.failed());
+            said.extend(outage.failed(Reason::Unavailable));
             // Some get through.
             assert_eq!(outage.answered(), None, "it goes on");
             tokio::time::advance(second).await;
@@ -121,9 +137,23 @@ mod tests {
         };
         assert_eq!(outage.answered(), Some(over));
         assert_eq!(outage.answered(), None, "it was said");
-        assert_eq!(outage.failed(), Some(1), "another one");
+        assert_eq!(outage.failed(Reason::Unavailable), Some(1), "another one");
         // Nobody asked meanwhile.
         tokio::time::advance(600 * second).await;
-        assert_eq!(outage.failed(), Some(1));
+        assert_eq!(outage.failed(Reason::Unavailable), Some(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_reason_hides_no_other() {
+        let outage = Outage::default();
+        for reason in [Reason::Denied, Reason::Unavailable, Reason::Misconfigured] {
+            assert_eq!(outage.failed(reason), Some(1), "{reason:?}");
+            assert_eq!(outage.failed(reason), None, "{reason:?}");
+        }
+        tokio::time::advance(Outage::CALM).await;
+        for _ in 0..3 {
+            assert_eq!(outage.answered().map(|over| over.failed), Some(2));
+        }
+        assert_eq!(outage.answered(), None);
     }
 }

@@ -619,7 +619,7 @@ mod tests {
     use crate::remote::RemoteErrorKind;
     use crate::remote::fault::FaultRemote;
     use crate::remote::memory::MemoryRemote;
-    use crate::seldom::Outage;
+    use crate::seldom::{Outage, Reason};
     use crate::tiers::TierSettings;
 
     /// As the log has it: what is refused begins an outage, and whatever the remote answers ends it.
@@ -687,7 +687,11 @@ mod tests {
         ] {
             remote.outage(Some(RemoteErrorKind::Unavailable));
             assert_eq!(get(failing, None).await, told, "{failing}");
-            assert_eq!(outage().failed(), None, "{failing} begins one");
+            assert_eq!(
+                outage().failed(Reason::Unavailable),
+                None,
+                "{failing} begins one"
+            );
             tokio::time::advance(Duration::from_mins(1)).await;
             remote.outage(None);
             assert_eq!(get(answered.0, answered.1).await, status);

@@ -22,6 +22,7 @@ use super::io::SendQueue;
 use crate::causes::one_line;
 use crate::mount::{Mount, PathError};
 use crate::object::{Fields, Validator};
+use crate::seldom::Reason;
 use crate::semantics::precondition::Method;
 use crate::semantics::{ByteRange, Verdict};
 use crate::tiers::{Forwarded, Opened, Refusal, RemoteSays, Trace};
@@ -235,14 +236,27 @@ pub fn refused(
             None,
         ),
     };
-    if let Refusal::BadGateway { says, .. } = refusal
-        && matches!(says, RemoteSays::Lies | RemoteSays::Archived)
-    {
+    let reason = match refusal {
         // Of this object, while others may well be read.
+        Refusal::BadGateway {
+            says: RemoteSays::Lies | RemoteSays::Archived,
+            ..
+        } => None,
+        Refusal::BadGateway {
+            says: RemoteSays::Denied,
+            ..
+        } => Some(Reason::Denied),
+        Refusal::BadGateway { .. } => Some(Reason::Misconfigured),
+        Refusal::PinLost { .. }
+        | Refusal::NotFound { .. }
+        | Refusal::Unavailable { .. }
+        | Refusal::TimedOut { .. } => Some(Reason::Unavailable),
+    };
+    if let Some(reason) = reason {
+        mount.log_failure(reason, &**cause, Some(status.as_u16()));
+    } else {
         let (error, status) = (one_line(&**cause), status.as_u16());
         tracing::warn!(error, status, "the remote could not answer");
-    } else {
-        mount.log_failure(&**cause, Some(status.as_u16()));
     }
     let mut response = problem(status, detail, &[]);
     forwarded_field(&mut response, status_seen);

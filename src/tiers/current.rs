@@ -23,6 +23,7 @@ use super::{FirstWant, Forwarded, OpenError, Refusal, Target, Tiers, Trace, rene
 use crate::disk::HeldRevision;
 use crate::object::{ObjectKey, Representation, Validator};
 use crate::remote::{Current, RemoteErrorKind, RemoteRead};
+use crate::seldom::Reason;
 use crate::semantics::precondition::Method;
 use crate::semantics::{RangeSpec, RequestHead, Verdict, evaluate};
 
@@ -512,7 +513,10 @@ impl Tiers {
         {
             trace.stale = true;
             trace.forwarded = Some(Forwarded::Stale);
-            target.get.mount.log_failure(&**error, None);
+            target
+                .get
+                .mount
+                .log_failure(Reason::Unavailable, &**error, None);
             return Ok(CurrentRevision {
                 representation,
                 held: Some(held),
