@@ -4,7 +4,7 @@
 //! request, on another connection. That the object changed meanwhile ends it.
 //!
 //! **Stalls.** A body has to bring a window of [`WINDOW`] bytes in the time that windows of this store take, times
-//! some; so a body that drips is found out like one that is silent. Only time spent waiting for the remote
+//! some; so a body that drips is found out like one that is silent, and is kept where no retry is left. Only time spent waiting for the remote
 //! counts: while our disk or the client is slow, no clock runs.
 
 use std::task::{Context, Poll, Waker};
@@ -109,6 +109,8 @@ struct Trouble {
     /// Label of the metric.
     reason: &'static str,
     error: RemoteError,
+    /// Whether the budget has been asked for the retry already.
+    paid: bool,
 }
 
 impl Download {
@@ -170,7 +172,7 @@ impl Download {
             self.waited += asked.elapsed();
             self.is_dry = false;
             match next {
-                Err(_elapsed) => self.broken = Some(self.stall(limit)),
+                Err(_elapsed) => self.stall(limit),
                 Ok(frame) => self.first = self.take(frame),
             }
         }
@@ -225,6 +227,7 @@ impl Download {
                 self.broken = Some(Trouble {
                     reason: error.kind.label(),
                     error,
+                    paid: false,
                 });
                 return None;
             }
@@ -236,6 +239,7 @@ impl Download {
                         "read",
                         "the body ended before its range did",
                     ),
+                    paid: false,
                 });
                 return None;
             }
@@ -261,12 +265,23 @@ impl Download {
         self.waited = Duration::ZERO;
     }
 
-    /// Gives the body up. One that stalls says nothing of the store; a second in a row does, and is counted as a window
+    /// A window took longer than its limit. Gives the body up, unless it brings something and there is no other to be had: where all
+    /// are slow, as on a full uplink, a slow one is better than none.
+    ///
+    /// One that stalls says nothing of the store; a second in a row does, as does one that is kept, and is counted as a window
     /// that took so long: else nothing would ever be learnt of a link on which every window takes longer.
-    fn stall(&mut self, limit: Duration) -> Trouble {
+    fn stall(&mut self, limit: Duration) {
         self.origin.origins.metrics.stall();
-        if self.stalled {
+        // Silent bodies and those that have paid for the next one are judged with all other trouble.
+        let on_budget = self.window > 0 && self.brought < WINDOW;
+        let paid = on_budget && self.patience.left > 0 && self.origin.origins.retries.withdraw();
+        let is_kept = on_budget && !paid;
+        if self.stalled || is_kept {
             self.origin.store.window.lock().record(limit);
+        }
+        if is_kept {
+            self.begin_window();
+            return;
         }
         self.stalled = true;
         let detail = format!(
@@ -274,15 +289,20 @@ impl Download {
             self.window,
             self.end - self.at
         );
-        Trouble {
+        self.broken = Some(Trouble {
             reason: "stall",
             error: RemoteError::new(RemoteErrorKind::Timeout, "read", detail),
-        }
+            paid,
+        });
     }
 
     /// Asks for the rest, by another connection.
     async fn resume(&mut self, trouble: Trouble, wanted: Wanted<'_>) -> Result<(), RemoteError> {
-        let Trouble { reason, error } = trouble;
+        let Trouble {
+            reason,
+            error,
+            paid,
+        } = trouble;
         self.body = stream::empty().boxed().fuse();
         let (guard, rest) = (&self.guard, closed(self.at, self.end));
         if !wanted() {
@@ -297,7 +317,8 @@ impl Download {
         if self.brought > 0 {
             self.patience.longest = LONGEST_PAUSE_MIDWAY;
         }
-        self.patience.spend(&self.origin, error, progress).await?;
+        let paid = paid || progress;
+        self.patience.spend(&self.origin, error, paid).await?;
         let read = self
             .origin
             .read_patiently(guard, rest, &mut self.patience, wanted)

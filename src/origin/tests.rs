@@ -381,6 +381,21 @@ async fn slow_is_no_stall_where_all_are_slow() {
     assert!(asked.elapsed() < 9 * 35 * SECOND, "{:?}", asked.elapsed());
 }
 
+/// As on a full uplink: the budget is for a few retries, and not one of them would mend anything.
+#[tokio::test(start_paused = true)]
+async fn slow_is_kept_where_all_are_slow_and_no_retry_is_left() {
+    // 64 KiB take six and a half seconds, on each connection.
+    let remote = Paced::new(|_| Course::pace(1000, 100 * MS));
+    let size = 200 * KIB;
+    let (object, guard) = put(&remote.memory, size);
+    let origin = origin_of(&remote, 8);
+    let downloads = (0..400).map(|_| whole(&origin, &guard, size));
+    for bytes in futures::future::join_all(downloads).await {
+        assert!(bytes.unwrap() == object);
+    }
+    assert!(metric(&origin, "pinrange_remote_stalls_total") > u64::from(RETRY_BURST));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_slow_taker_is_no_stall() {
     let remote = Paced::new(|_| Course::pace(4096, 10 * MS));
