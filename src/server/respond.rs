@@ -198,7 +198,7 @@ pub fn refused(
     mount: &Mount,
     pin: Option<&Validator>,
 ) -> Response<ResponseBody> {
-    let (status, detail, cause, status_seen) = match refusal {
+    let (status, detail, cause, reason) = match refusal {
         Refusal::PinLost { current } => {
             let mut response = precondition_failed(current.as_ref(), pin);
             forwarded_field(&mut response, Some(StatusCode::PRECONDITION_FAILED));
@@ -217,13 +217,13 @@ pub fn refused(
             StatusCode::SERVICE_UNAVAILABLE,
             "the storage behind this server cannot be reached right now; try again",
             cause,
-            None,
+            Some(Reason::Unavailable),
         ),
         Refusal::TimedOut { cause } => (
             StatusCode::GATEWAY_TIMEOUT,
             "the storage behind this server did not answer in time",
             cause,
-            None,
+            Some(Reason::Unavailable),
         ),
         Refusal::BadGateway { says, cause } => (
             StatusCode::BAD_GATEWAY,
@@ -233,24 +233,19 @@ pub fn refused(
                 "the storage behind this server gave an answer that cannot be used"
             },
             cause,
-            None,
+            match says {
+                // Of this object, while others may well be read.
+                RemoteSays::Lies | RemoteSays::Archived => None,
+                RemoteSays::Denied => Some(Reason::Denied),
+                RemoteSays::Misconfigured
+                | RemoteSays::Unasked
+                | RemoteSays::Same
+                | RemoteSays::Other
+                | RemoteSays::Absent
+                | RemoteSays::Down
+                | RemoteSays::Slow => Some(Reason::Misconfigured),
+            },
         ),
-    };
-    let reason = match refusal {
-        // Of this object, while others may well be read.
-        Refusal::BadGateway {
-            says: RemoteSays::Lies | RemoteSays::Archived,
-            ..
-        } => None,
-        Refusal::BadGateway {
-            says: RemoteSays::Denied,
-            ..
-        } => Some(Reason::Denied),
-        Refusal::BadGateway { .. } => Some(Reason::Misconfigured),
-        Refusal::PinLost { .. }
-        | Refusal::NotFound { .. }
-        | Refusal::Unavailable { .. }
-        | Refusal::TimedOut { .. } => Some(Reason::Unavailable),
     };
     if let Some(reason) = reason {
         mount.log_failure(reason, &**cause, Some(status.as_u16()));
@@ -259,7 +254,7 @@ pub fn refused(
         tracing::warn!(error, status, "the remote could not answer");
     }
     let mut response = problem(status, detail, &[]);
-    forwarded_field(&mut response, status_seen);
+    forwarded_field(&mut response, None);
     if let Refusal::Unavailable { retry_after, .. } = refusal {
         response
             .headers_mut()
